@@ -1,0 +1,99 @@
+//! `sk_lookup`: decides, in the pod's netns, which socket answers a new TCP connection.
+//!
+//! Second on the journey and last before the app: the agent's listener, the app, or nobody. It decides by addresses
+//! alone. It must never give the app a connection from outside that nobody vouched for, unless the pod's annotation says
+//! so while no agent is there, and never give anybody the listener's own port.
+
+use core::mem::offset_of;
+
+use aya_ebpf::{
+    bindings::{
+        bpf_sk_lookup,
+        sk_action::{SK_DROP, SK_PASS},
+    },
+    programs::SkLookupContext,
+};
+use aya_log_ebpf::warn;
+use heddle_common::{LISTENER_PORT, PodCounts, Tuple};
+
+use crate::{
+    address::{self, Ip, word, words},
+    maps,
+};
+
+const ENOENT: i32 = 2;
+
+#[inline(always)]
+pub fn lookup(ctx: &SkLookupContext) -> u32 {
+    let raw = ctx.lookup;
+    // SAFETY: the kernel gives a valid context.
+    if unsafe { word!(raw, bpf_sk_lookup, protocol) } != address::IPPROTO_TCP {
+        return SK_PASS;
+    }
+    // SAFETY: as above.
+    let (source, destination) = match unsafe { word!(raw, bpf_sk_lookup, family) } {
+        // SAFETY: as above.
+        address::AF_INET => unsafe {
+            (Ip::v4(word!(raw, bpf_sk_lookup, remote_ip4)), Ip::v4(word!(raw, bpf_sk_lookup, local_ip4)))
+        },
+        // SAFETY: as above.
+        address::AF_INET6 => unsafe {
+            (Ip::v6(words!(raw, bpf_sk_lookup, remote_ip6)), Ip::v6(words!(raw, bpf_sk_lookup, local_ip6)))
+        },
+        _ => return SK_PASS,
+    };
+    // SAFETY: as above. The source port is in network order, in the lower half of its word; the destination port is in host order.
+    let (source_port, destination_port) = unsafe {
+        (u16::from_be(word!(raw, bpf_sk_lookup, remote_port) as u16), word!(raw, bpf_sk_lookup, local_port) as u16)
+    };
+
+    let loopback = destination.is_loopback();
+    let own = maps::is_own(destination);
+    if (loopback || own) && destination_port == LISTENER_PORT {
+        maps::count(offset_of!(PodCounts, direct));
+        return SK_DROP;
+    }
+    if loopback {
+        return SK_PASS;
+    }
+    if own {
+        if maps::is_attested(&Tuple {
+            source: source.address(),
+            destination: destination.address(),
+            source_port,
+            destination_port,
+            padding: 0,
+        }) {
+            maps::count(offset_of!(PodCounts, attested));
+            return SK_PASS;
+        }
+        if source.is_loopback() || maps::is_own(source) {
+            return SK_PASS;
+        }
+    }
+    hand_over(ctx, destination, own)
+}
+
+/// Gives the connection to the agent's listener.
+#[inline(always)]
+fn hand_over(ctx: &SkLookupContext, destination: Ip, inbound: bool) -> u32 {
+    match maps::LISTENERS.redirect_sk_lookup(ctx, maps::slot(), 0) {
+        Ok(()) => {
+            maps::count(offset_of!(PodCounts, captured));
+            SK_PASS
+        }
+        // Only an inbound connection may pass: an outbound one that lost its agent between connect() and here has come
+        // back to the pod itself, where a wildcard listener of the app would answer in the destination's name.
+        Err(error) if error == -ENOENT && inbound && maps::open_when_unattended() => {
+            maps::count(offset_of!(PodCounts, unattended_passed));
+            SK_PASS
+        }
+        Err(error) => {
+            maps::count(offset_of!(PodCounts, unattended_dropped));
+            if error != -ENOENT {
+                warn!(ctx, "slot {}: listener refused for {:i}: {}", maps::slot(), destination.address().octets, error);
+            }
+            SK_DROP
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Every map and the pod's read-only data, in one table.
+//!
+//! All maps are pinned by name in the bpffs folder of their layout version, shared by every pod's programs on the node.
+//! Their names are [`heddle_common::maps`]; a change of a name, key or value raises `LAYOUT_VERSION`.
+
+use core::{arch::asm, ffi::c_void};
+
+use aya_ebpf::{
+    bindings::{BPF_F_NO_PREALLOC, bpf_sock},
+    helpers::{bpf_map_lookup_elem, bpf_sk_release},
+    macros::map,
+    maps::{Array, HashMap, PerCpuArray, SockMap},
+};
+use heddle_common::{
+    Address, Attestation, Destination, MAX_ATTESTED, MAX_DESTINATIONS, MAX_PODS, Pod, PodCounts, PodGate, Tuple, gate,
+};
+
+use crate::address::Ip;
+
+/// Addresses that are reached through the mesh. Not preallocated: a read entry stays valid while it is being removed.
+#[map]
+static DESTINATIONS: HashMap<Address, Destination> = HashMap::pinned(MAX_DESTINATIONS, BPF_F_NO_PREALLOC);
+
+/// Connections that someone vouched for. Not an LRU: an entry leaves by its owner's hand only, never because others came.
+#[map]
+static ATTESTED: HashMap<Tuple, Attestation> = HashMap::pinned(MAX_ATTESTED, BPF_F_NO_PREALLOC);
+
+/// The agent's listener in each pod's netns, by slot. The kernel empties a slot when its listener closes.
+#[map]
+pub static LISTENERS: SockMap = SockMap::pinned(MAX_PODS, 0);
+
+/// What may change of a pod while its programs stay, by slot.
+#[map]
+static GATES: Array<PodGate> = Array::pinned(MAX_PODS, 0);
+
+/// Events of each pod, by slot.
+#[map]
+static COUNTS: PerCpuArray<PodCounts> = PerCpuArray::pinned(MAX_PODS, 0);
+
+/// The pod of this instance; the loader writes it before the verifier sees it. Without a loader: no slot, no address.
+#[unsafe(no_mangle)]
+static POD: Pod =
+    Pod { slot: u32::MAX, addresses_used: 0, addresses: [Address { octets: [0; 16] }; Pod::MAX_ADDRESSES] };
+
+/// Slot of this instance's pod.
+#[inline(always)]
+pub fn slot() -> u32 {
+    // SAFETY: POD is a valid static; the read is volatile because the loader changes what the compiler saw.
+    unsafe { (&raw const POD.slot).read_volatile() }
+}
+
+/// Whether the address is one of the pod's own.
+#[inline(always)]
+pub fn is_own(ip: Ip) -> bool {
+    // SAFETY: as in `slot`.
+    let used = unsafe { (&raw const POD.addresses_used).read_volatile() };
+    let mut index = 0;
+    while index < Pod::MAX_ADDRESSES {
+        // SAFETY: in bounds of the array, whose addresses are 4-aligned in POD (offset 8, asserted in heddle_common).
+        let own = unsafe { (&raw const POD.addresses).cast::<Ip>().add(index).read_volatile() };
+        if (index as u32) < used && own == ip {
+            return true;
+        }
+        index += 1;
+    }
+    false
+}
+
+/// Whether the address is reached through the mesh.
+#[inline(always)]
+pub fn is_destination(ip: Ip) -> bool {
+    DESTINATIONS.get_ptr(ip.address()).is_some()
+}
+
+/// Whether someone vouched for this connection to this very pod. An entry that a former owner of the address left
+/// behind names another slot and counts for nothing.
+#[inline(always)]
+pub fn is_attested(tuple: &Tuple) -> bool {
+    // SAFETY: entries are never changed in place by the agent, and the map is not preallocated.
+    unsafe { ATTESTED.get(tuple) }.is_some_and(|attestation| attestation.slot == slot())
+}
+
+/// Whether the pod asked to be left alone while no agent serves it.
+#[inline(always)]
+pub fn open_when_unattended() -> bool {
+    GATES.get(slot()).is_some_and(|gate| gate.flags & gate::OPEN_WHEN_UNATTENDED != 0)
+}
+
+/// Whether an agent's listener is in the pod's slot.
+#[inline(always)]
+pub fn attended() -> bool {
+    let slot = slot();
+    // SAFETY: LISTENERS is a map and the key lives on this stack. What a look-up in a sockmap returns is a socket with a
+    // reference of its own (Linux 5.8), which is given back at once.
+    unsafe {
+        let socket: *mut bpf_sock =
+            bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast::<c_void>(), (&raw const slot).cast()).cast();
+        if socket.is_null() {
+            return false;
+        }
+        bpf_sk_release(socket.cast());
+    }
+    true
+}
+
+/// Adds one to this pod's counter at the offset `field` of [`PodCounts`].
+#[inline(always)]
+pub fn count(field: usize) {
+    let Some(counts) = COUNTS.get_ptr_mut(slot()) else { return };
+    // SAFETY: `field` is the offset of a field, so the place is in this CPU's map value, 8-aligned, and lives as long as
+    // the program runs. One atomic instruction, as a connect() in process context may be interrupted by a look-up on the
+    // same CPU; `core` offers no atomic addition for this target.
+    unsafe {
+        let place = counts.byte_add(field);
+        asm!("lock *(u64 *)({place} + 0) += {one}", place = in(reg) place, one = in(reg) 1_u64, options(nostack));
+    }
+}
