@@ -1,0 +1,295 @@
+//! Puts a pod into the mesh and takes it out again.
+//!
+//! In this order, so that nothing is ever half captured: record, gate, sysctl, routes, listener, and last the programs, of which
+//! `lookup` comes before what marks connections. Withdrawal goes the other way. Established connections of the app are not
+//! touched: the programs see new ones only.
+
+use std::{
+    fs, io,
+    net::{IpAddr, TcpListener},
+    path::Path,
+    sync::Arc,
+};
+
+use heddle_common::{Address, Pod as PodData, gate};
+
+use super::{
+    Attached, CaptureError, PodSpec, PodState,
+    error::Step,
+    kernel,
+    load::{AttachError, Cgroup, How, PROGRAMS},
+    maps::key,
+    netns::Netns,
+    pin::{self, Record},
+    pod::{Live, Node, Pod},
+    ports::{self, Rotation},
+    probe, route, socket, sysctl,
+};
+use crate::cluster::Unattended;
+
+const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
+
+/// Runs blocking work off the runtime's workers.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, CaptureError> + Send + 'static,
+) -> Result<T, CaptureError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| CaptureError::ShuttingDown)?
+}
+
+fn at(pod: &Arc<str>, step: Step) -> impl FnOnce(io::Error) -> CaptureError + use<> {
+    let pod = Arc::clone(pod);
+    move |source| CaptureError::Pod { pod, step, source }
+}
+
+/// Enrols a pod or applies its changed spec.
+pub async fn attach(node: &Arc<Node>, mut spec: PodSpec) -> Result<Attached, CaptureError> {
+    for address in &mut spec.addresses {
+        *address = address.to_canonical();
+    }
+    loop {
+        let pod = node.pod_or_new(&spec).map_err(at(&spec.name, Step::Record))?;
+        let _turn = pod.turn.lock().await;
+        // It may have been withdrawn while this waited.
+        if !node.pod(&spec.uid).is_some_and(|current| Arc::ptr_eq(&current, &pod)) {
+            continue;
+        }
+        let result = enrol(node, &pod, &spec).await;
+        if let Err(error) = &result {
+            pod.set_state(PodState::Uncaptured { reason: error.reason(), detail: error.to_string() });
+        }
+        return result;
+    }
+}
+
+async fn enrol(node: &Arc<Node>, pod: &Arc<Pod>, spec: &PodSpec) -> Result<Attached, CaptureError> {
+    let name = Arc::clone(&spec.name);
+    check(spec)?;
+    let previous = pod.live();
+    let prepared = {
+        let (node, spec, previous) = (Arc::clone(node), spec.clone(), previous.clone());
+        blocking(move || prepare(&node, &spec, previous.as_deref())).await?
+    };
+    let Prepared { slot, netns, cgroup, left, ports } = prepared;
+    route::put(&netns, &spec.addresses).await.map_err(at(&name, Step::Route))?;
+
+    let same_netns = previous.as_ref().is_some_and(|live| live.netns.inode() == netns.inode());
+    let kept = pod.listener().filter(|_| same_netns);
+    let (live, listener) = {
+        let (node, spec, netns, cgroup) = (Arc::clone(node), spec.clone(), Arc::clone(&netns), Arc::clone(&cgroup));
+        blocking(move || hang(&node, spec, slot, netns, cgroup, ports, kept)).await?
+    };
+    let attached = Attached { listener: listener.try_clone().map_err(at(&name, Step::Listener))?, token: pod.token };
+    pod.set_live(live, listener);
+    if let Some(left) = left {
+        // The pod moved; what it left behind binds nothing and is not worth failing for.
+        if let Err(error) = restore(&left.netns, &left.switched_on).await {
+            tracing::warn!(pod = %name, %error, "the pod's former network namespace could not be cleaned up");
+        }
+    }
+    Ok(attached)
+}
+
+fn check(spec: &PodSpec) -> Result<(), CaptureError> {
+    let wrong = |detail: String| CaptureError::Spec { pod: Arc::clone(&spec.name), detail };
+    if spec.addresses.is_empty() {
+        return Err(wrong("it has no address".into()));
+    }
+    if spec.addresses.len() > PodData::MAX_ADDRESSES {
+        return Err(wrong(format!("it has more than {} addresses", PodData::MAX_ADDRESSES)));
+    }
+    match spec.addresses.iter().find(|address| address.is_loopback() || address.is_unspecified()) {
+        Some(address) => Err(wrong(format!("{address} can't be a pod's address"))),
+        None => Ok(()),
+    }
+}
+
+struct Prepared {
+    slot: u32,
+    netns: Arc<Netns>,
+    cgroup: Arc<Cgroup>,
+    /// A netns that the pod was in before.
+    left: Option<Left>,
+    ports: Rotation,
+}
+
+struct Left {
+    netns: Arc<Netns>,
+    switched_on: Vec<String>,
+}
+
+/// Opens the pod's place and writes down what a later agent must know, before anything is changed.
+fn prepare(node: &Node, spec: &PodSpec, previous: Option<&Live>) -> Result<Prepared, CaptureError> {
+    let name = &spec.name;
+    let netns = Arc::new(Netns::open(&spec.place.netns, &node.home).map_err(at(name, Step::Netns))?);
+    let cgroup = Arc::new(Cgroup::open(&spec.place.cgroup).map_err(at(name, Step::Cgroup))?);
+    let recorded = node.pins.record(&spec.uid);
+    let wanted = previous.map(|live| live.slot).or(recorded.as_ref().map(|record| record.slot));
+    let (slot, fresh) = node.slots().take(&spec.uid, wanted)?;
+    if fresh {
+        node.maps.reset_counts(slot)?;
+    }
+
+    let off = sysctl::off(&netns).map_err(at(name, Step::Sysctl))?;
+    let same_netns = recorded.as_ref().filter(|record| record.netns_inode == netns.inode());
+    let mut switched_on = same_netns.map(|record| record.switched_on.clone()).unwrap_or_default();
+    switched_on.extend(off.iter().filter(|name| !switched_on.contains(name)).cloned().collect::<Vec<_>>());
+    let left = recorded.as_ref().filter(|record| record.netns_inode != netns.inode()).and_then(|record| {
+        let held = previous.filter(|live| live.netns.inode() == record.netns_inode).map(|live| Arc::clone(&live.netns));
+        let netns = held.or_else(|| recorded_netns(node, record))?;
+        Some(Left { netns, switched_on: record.switched_on.clone() })
+    });
+    let record = Record {
+        uid: spec.uid.to_string(),
+        name: spec.name.to_string(),
+        slot,
+        addresses: spec.addresses.clone(),
+        netns: spec.place.netns.clone(),
+        netns_inode: netns.inode(),
+        cgroup: spec.place.cgroup.clone(),
+        switched_on,
+    };
+    if recorded.as_ref() != Some(&record) {
+        node.pins.write_record(&record).map_err(at(name, Step::Record))?;
+    }
+    node.maps.set_gate(
+        slot,
+        match spec.when_unattended {
+            Unattended::Closed => 0,
+            Unattended::Open => gate::OPEN_WHEN_UNATTENDED,
+        },
+    )?;
+    sysctl::switch(&netns, &off, true).map_err(at(name, Step::Sysctl))?;
+    let ephemeral = netns
+        .within(|| fs::read_to_string(PORT_RANGE))
+        .and_then(|text| ports::parse_ephemeral(&text).ok_or_else(|| io::Error::other(format!("{PORT_RANGE}: {text}"))))
+        .map_err(at(name, Step::Netns))?;
+    Ok(Prepared { slot, netns, cgroup, left, ports: Rotation::new(ports::range(&ephemeral)) })
+}
+
+/// Opens the listener and hangs the programs.
+fn hang(
+    node: &Node,
+    spec: PodSpec,
+    slot: u32,
+    netns: Arc<Netns>,
+    cgroup: Arc<Cgroup>,
+    ports: Rotation,
+    kept: Option<Arc<TcpListener>>,
+) -> Result<(Live, Arc<TcpListener>), CaptureError> {
+    let name = Arc::clone(&spec.name);
+    let listener = match kept {
+        Some(listener) => listener,
+        None => Arc::new(socket::listener(&netns).map_err(at(&name, Step::Listener))?),
+    };
+    kernel::put_socket(&node.maps.listeners(), slot, &*listener).map_err(at(&name, Step::Listener))?;
+    let folder = node.pins.make_pod(&spec.uid).map_err(at(&name, Step::Pins))?;
+    let data = pod_data(slot, &spec.addresses);
+    let (programs, how) =
+        node.object.attach(&folder, &data, &netns, &cgroup, &node.maps.ids).map_err(|error| match error {
+            AttachError::Programs(detail) => CaptureError::Programs { pod: Arc::clone(&name), detail },
+            AttachError::Link(source) => CaptureError::Pod { pod: Arc::clone(&name), step: Step::Link, source },
+        })?;
+    match how {
+        How::Attached => tracing::info!(pod = %name, slot, "attached"),
+        How::Adopted => tracing::info!(pod = %name, slot, "adopted as it was"),
+        How::Replaced => tracing::info!(pod = %name, slot, "programs replaced"),
+    }
+    Ok((Live { spec, slot, netns, cgroup, programs, ports }, listener))
+}
+
+fn pod_data(slot: u32, addresses: &[IpAddr]) -> PodData {
+    let mut data = PodData { slot, addresses_used: 0, addresses: [Address::v6([0; 16]); PodData::MAX_ADDRESSES] };
+    for (place, address) in data.addresses.iter_mut().zip(addresses) {
+        *place = key(*address);
+        data.addresses_used += 1;
+    }
+    data
+}
+
+/// The recorded netns, if it still is the one at that path.
+fn recorded_netns(node: &Node, record: &Record) -> Option<Arc<Netns>> {
+    let netns = Netns::open(&record.netns, &node.home).ok()?;
+    (netns.inode() == record.netns_inode).then(|| Arc::new(netns))
+}
+
+/// Leaves a netns as it was found.
+async fn restore(netns: &Arc<Netns>, switched_on: &[String]) -> io::Result<()> {
+    route::clear(netns).await?;
+    sysctl::switch(netns, switched_on, false)
+}
+
+/// Takes everything of a pod away. Whether there was anything.
+pub async fn withdraw(node: &Arc<Node>, uid: &str) -> Result<bool, CaptureError> {
+    let pod = node.pod(uid);
+    let _turn = match &pod {
+        Some(pod) => Some(pod.turn.lock().await),
+        None => None,
+    };
+    let record = node.pins.record(uid);
+    let live = pod.as_ref().and_then(|pod| pod.live());
+    if pod.is_none() && record.is_none() {
+        return Ok(false);
+    }
+    let name: Arc<str> = match (&pod, &record) {
+        (Some(pod), _) => pod.name(),
+        (None, Some(record)) => Arc::from(record.name.as_str()),
+        (None, None) => Arc::from(uid),
+    };
+    let folder = node.pins.pod(uid);
+    let slot = live.as_ref().map(|live| live.slot).or(record.as_ref().map(|record| record.slot));
+    let netns = {
+        let (node, pod, folder, record, live, name) =
+            (Arc::clone(node), pod.clone(), folder.clone(), record.clone(), live.clone(), Arc::clone(&name));
+        blocking(move || {
+            for (program, _) in PROGRAMS.iter().rev() {
+                pin::remove_if_there(&folder.join(program)).map_err(at(&name, Step::Pins))?;
+            }
+            if let Some(slot) = slot {
+                kernel::take_socket(&node.maps.listeners(), slot).map_err(at(&name, Step::Listener))?;
+                node.maps.set_gate(slot, 0)?;
+                node.maps.sweep_attested(|by| by.slot == slot)?;
+            }
+            if let Some(pod) = pod {
+                pod.clear();
+            }
+            // The record names the netns that was changed; of a pod in this process the open one is used, also when its
+            // path is gone.
+            Ok(match (live, &record) {
+                (Some(live), Some(record)) if live.netns.inode() == record.netns_inode => Some(Arc::clone(&live.netns)),
+                (_, Some(record)) => recorded_netns(&node, record),
+                (live, None) => live.map(|live| Arc::clone(&live.netns)),
+            })
+        })
+        .await?
+    };
+    if let Some(netns) = netns {
+        let switched_on = record.as_ref().map_or(&[][..], |record| &record.switched_on);
+        restore(&netns, switched_on).await.map_err(at(&name, Step::Route))?;
+    }
+    if let Some(record) = &record {
+        probe::remove_cgroup(&record.cgroup).await;
+    }
+    {
+        let name = Arc::clone(&name);
+        blocking(move || pin::remove(&folder).map_err(at(&name, Step::Pins))).await?;
+    }
+    node.slots().release(uid);
+    node.forget(uid);
+    tracing::info!(pod = %name, "withdrawn");
+    Ok(true)
+}
+
+/// Cleans up after pods of another layout version that are not in the mesh any more, then removes that version.
+pub async fn remove_version(node: &Arc<Node>, version: &Path, keep: impl Fn(&str) -> bool) -> Result<(), CaptureError> {
+    let failed = |source| CaptureError::Bpffs { path: version.to_owned(), source };
+    for (_, record) in pin::pods_below(version).map_err(failed)? {
+        let Some(record) = record.filter(|record| !keep(&record.uid)) else {
+            continue;
+        };
+        if let Some(netns) = recorded_netns(node, &record) {
+            restore(&netns, &record.switched_on).await.map_err(at(&Arc::from(record.name.as_str()), Step::Route))?;
+        }
+    }
+    let path = version.to_owned();
+    blocking(move || pin::remove(&path).map_err(|source| CaptureError::Bpffs { path: path.clone(), source })).await
+}

@@ -1,0 +1,32 @@
+//! The kernel hands a pod's connection to the agent, and the agent hands one to the app.
+//!
+//! First and last stop of the journey, and the only code that touches BPF or enters a netns. The rest of the agent
+//! talks to it through [`Handle`], which takes plain values and gives plain values and file descriptors, because it will
+//! become a process of its own. It never decides whether a connection is allowed.
+
+mod connect;
+mod destinations;
+mod enrol;
+mod error;
+mod handle;
+mod kernel;
+mod load;
+mod maps;
+mod messages;
+mod netns;
+mod pin;
+mod pod;
+mod ports;
+pub mod probe;
+mod prove;
+mod route;
+mod socket;
+mod sysctl;
+#[cfg(test)]
+mod tests;
+
+pub use error::Step;
+pub use handle::{
+    Attached, CaptureConfig, CaptureError, Delivery, Handle, Occupied, PodSpec, PodState, PodStatus, ProbeCommand,
+    ProbeToken,
+};
