@@ -1,0 +1,240 @@
+//! Objects → snapshot, as one pure function: the same objects give the same snapshot, whatever source they came from.
+//!
+//! It reads no clock, file or network, and keeps nothing. Odd input gets the reading that keeps traffic protected, and a
+//! warning.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+
+use super::{
+    AnnotatedPlaces, Objects, Places, Snapshot, Unattended, Warning, Workload,
+    enrolment::{self, Wish},
+    naming, services,
+};
+
+/// Annotation on a pod: `open` or `closed`.
+const WHEN_UNATTENDED: &str = "heddle.dev/when-unattended";
+
+/// What indexing needs to know beside the objects.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Namespace whose policies without a selector hold for the whole mesh.
+    pub root_namespace: Arc<str>,
+    /// DNS domain of the cluster's Services.
+    pub cluster_domain: Arc<str>,
+    pub places: Arc<dyn Places>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            root_namespace: "istio-system".into(),
+            cluster_domain: "cluster.local".into(),
+            places: Arc::new(AnnotatedPlaces),
+        }
+    }
+}
+
+/// Indexes objects. Of two objects with one name the later part's holds.
+#[must_use]
+pub fn index(parts: &[Arc<Objects>], settings: &Settings, generation: u64) -> Snapshot {
+    let mut warnings = Vec::new();
+    let namespaces = by_name(parts.iter().flat_map(|part| &part.namespaces), |namespace| &namespace.metadata);
+    let nodes = by_name(parts.iter().flat_map(|part| &part.nodes), |node| &node.metadata);
+    let pods = by_name(parts.iter().flat_map(|part| &part.pods), |pod| &pod.metadata);
+
+    let mut workloads: HashMap<Arc<str>, Arc<Workload>> = HashMap::with_capacity(pods.len());
+    let mut holders: HashMap<IpAddr, (&Pod, Arc<Workload>)> = HashMap::with_capacity(pods.len());
+    for namespace in namespaces.values() {
+        warn_of_unclear_wish("Namespace", &namespace.metadata, &mut warnings);
+    }
+    for pod in pods.values() {
+        let labels =
+            namespaces.get(&("", namespace_of(&pod.metadata))).and_then(|found| found.metadata.labels.as_ref());
+        let Some(mut workload) = workload(pod, labels, settings, &mut warnings) else { continue };
+        if workloads.contains_key(&workload.uid) {
+            let message = format!("uid {} is another pod's: known as namespace/name instead", workload.uid);
+            warnings.push(Warning { object: object("Pod", &pod.metadata), field: "metadata.uid", message });
+            workload.uid = qualified(&pod.metadata);
+        }
+        let workload = Arc::new(workload);
+        if !workload.host_network {
+            for address in &workload.addresses {
+                hold(&mut holders, *address, pod, &workload, &mut warnings);
+            }
+        }
+        workloads.insert(Arc::clone(&workload.uid), workload);
+    }
+
+    let (services, by_cluster_address) = services::index(parts, &pods, &nodes, settings, &mut warnings);
+    let mut invalid: Vec<_> = parts.iter().flat_map(|part| &part.invalid_policies).cloned().collect();
+    invalid.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+    Snapshot {
+        generation,
+        workloads,
+        by_address: holders.into_iter().map(|(address, (_, workload))| (address, workload)).collect(),
+        services,
+        by_cluster_address,
+        authorization_policies: in_order(parts.iter().flat_map(|part| &part.authorization_policies), |policy| {
+            &policy.metadata
+        }),
+        peer_authentications: in_order(parts.iter().flat_map(|part| &part.peer_authentications), |policy| {
+            &policy.metadata
+        }),
+        invalid_policies: invalid,
+        root_namespace: Arc::clone(&settings.root_namespace),
+        warnings,
+    }
+}
+
+/// Objects by (namespace, name); a later one replaces an earlier one.
+pub(super) type ByName<'a, T> = BTreeMap<(&'a str, &'a str), &'a Arc<T>>;
+
+pub(super) fn by_name<'a, T>(all: impl Iterator<Item = &'a Arc<T>>, metadata: fn(&T) -> &ObjectMeta) -> ByName<'a, T> {
+    all.map(|one| ((namespace_of(metadata(one)), name_of(metadata(one))), one)).collect()
+}
+
+/// Oldest first, then by name: the order in which Istio lets policies win. One without a time is older than any with one.
+fn in_order<'a, T: 'a>(all: impl Iterator<Item = &'a Arc<T>>, metadata: fn(&T) -> &ObjectMeta) -> Vec<Arc<T>> {
+    let mut policies: Vec<_> = by_name(all, metadata).into_values().cloned().collect();
+    policies.sort_by(|a, b| age(metadata(a)).cmp(&age(metadata(b))));
+    policies
+}
+
+/// What sorts older objects first.
+pub(super) fn age(metadata: &ObjectMeta) -> impl Ord + '_ {
+    (metadata.creation_timestamp.as_ref().map(|time| time.0), name_of(metadata), namespace_of(metadata))
+}
+
+pub(super) fn namespace_of(metadata: &ObjectMeta) -> &str {
+    metadata.namespace.as_deref().unwrap_or_default()
+}
+
+pub(super) fn name_of(metadata: &ObjectMeta) -> &str {
+    metadata.name.as_deref().unwrap_or_default()
+}
+
+/// `namespace/name`.
+pub(super) fn qualified(metadata: &ObjectMeta) -> Arc<str> {
+    format!("{}/{}", namespace_of(metadata), name_of(metadata)).into()
+}
+
+/// `Kind namespace/name`, for messages.
+pub(super) fn object(kind: &str, metadata: &ObjectMeta) -> String {
+    match &metadata.namespace {
+        Some(namespace) => format!("{kind} {namespace}/{}", name_of(metadata)),
+        None => format!("{kind} {}", name_of(metadata)),
+    }
+}
+
+/// Gives an address to the pod, unless another pod has the better claim: one that is not terminating, then the newer one.
+fn hold<'a>(
+    holders: &mut HashMap<IpAddr, (&'a Pod, Arc<Workload>)>,
+    address: IpAddr,
+    pod: &'a Pod,
+    workload: &Arc<Workload>,
+    warnings: &mut Vec<Warning>,
+) {
+    let claim = |pod: &Pod, workload: &Workload| {
+        (!workload.terminating, pod.metadata.creation_timestamp.as_ref().map(|time| time.0))
+    };
+    let Some((held_by, holder)) = holders.get(&address) else {
+        holders.insert(address, (pod, Arc::clone(workload)));
+        return;
+    };
+    if holder.uid == workload.uid {
+        return;
+    }
+    let (winner, loser) = if claim(pod, workload) > claim(held_by, holder) {
+        let loser = Arc::clone(holder);
+        holders.insert(address, (pod, Arc::clone(workload)));
+        (Arc::clone(workload), loser)
+    } else {
+        (Arc::clone(holder), Arc::clone(workload))
+    };
+    warnings.push(Warning {
+        object: format!("Pod {}/{}", loser.namespace, loser.name),
+        field: "status.podIPs",
+        message: format!("{address} is also the address of Pod {}/{}, which holds it", winner.namespace, winner.name),
+    });
+}
+
+/// The record of a pod; `None` while it has no address, and once it is finished.
+fn workload(
+    pod: &Pod,
+    namespace_labels: Option<&BTreeMap<String, String>>,
+    settings: &Settings,
+    warnings: &mut Vec<Warning>,
+) -> Option<Workload> {
+    let status = pod.status.as_ref()?;
+    if matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")) {
+        return None;
+    }
+    let addresses = addresses(pod);
+    if addresses.is_empty() {
+        return None;
+    }
+    warn_of_unclear_wish("Pod", &pod.metadata, warnings);
+    let spec = pod.spec.as_ref();
+    let ready =
+        |condition: &k8s_openapi::api::core::v1::PodCondition| condition.type_ == "Ready" && condition.status == "True";
+    let non_empty = |text: Option<&String>| text.filter(|text| !text.is_empty()).cloned();
+    Some(Workload {
+        uid: non_empty(pod.metadata.uid.as_ref()).map_or_else(|| qualified(&pod.metadata), Arc::from),
+        name: name_of(&pod.metadata).into(),
+        namespace: namespace_of(&pod.metadata).into(),
+        service_account: non_empty(spec.and_then(|spec| spec.service_account_name.as_ref()))
+            .map_or_else(|| "default".into(), Arc::from),
+        node: non_empty(spec.and_then(|spec| spec.node_name.as_ref())).unwrap_or_default().into(),
+        addresses,
+        labels: pod.metadata.labels.clone().unwrap_or_default(),
+        enrolled: enrolment::enrolled(pod, namespace_labels),
+        host_network: enrolment::host_network(pod),
+        ready: status.conditions.iter().flatten().any(ready),
+        terminating: pod.metadata.deletion_timestamp.is_some(),
+        when_unattended: when_unattended(pod, warnings),
+        naming: naming::name(pod),
+        place: settings.places.locate(pod),
+    })
+}
+
+/// `status.podIPs`, else `status.podIP`, without what is no address (`read` refuses such a pod).
+fn addresses(pod: &Pod) -> Vec<IpAddr> {
+    let Some(status) = pod.status.as_ref() else { return Vec::new() };
+    let all = status.pod_ips.iter().flatten().map(|ip| ip.ip.as_str()).chain(status.pod_ip.as_deref());
+    let mut addresses = Vec::new();
+    for address in all.filter_map(|text| text.parse::<IpAddr>().ok()).map(|address| address.to_canonical()) {
+        if !addresses.contains(&address) {
+            addresses.push(address);
+        }
+    }
+    addresses
+}
+
+fn when_unattended(pod: &Pod, warnings: &mut Vec<Warning>) -> Unattended {
+    match pod.metadata.annotations.as_ref().and_then(|annotations| annotations.get(WHEN_UNATTENDED)).map(String::as_str)
+    {
+        None | Some("closed") => Unattended::Closed,
+        Some("open") => Unattended::Open,
+        Some(other) => {
+            let message = format!("{WHEN_UNATTENDED}: {other:?} is neither open nor closed: taken as closed");
+            warnings.push(Warning { object: object("Pod", &pod.metadata), field: "metadata.annotations", message });
+            Unattended::Closed
+        }
+    }
+}
+
+fn warn_of_unclear_wish(kind: &str, metadata: &ObjectMeta, warnings: &mut Vec<Warning>) {
+    if enrolment::wish(metadata.labels.as_ref()) == Wish::Unclear {
+        let message = format!("{} is neither enabled nor disabled: taken as absent", enrolment::MESH);
+        warnings.push(Warning { object: object(kind, metadata), field: "metadata.labels", message });
+    }
+}
+
+#[cfg(test)]
+mod tests;

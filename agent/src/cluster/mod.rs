@@ -1,0 +1,29 @@
+//! Who is at the other end: Kubernetes objects turned into one immutable snapshot that every other stage reads.
+//!
+//! Two sources feed the same types: a directory of manifests, and the API server. Nothing here decides about traffic.
+//!
+//! ```text
+//! files ── manifests ── read ──► Objects ── index ──► Snapshot ── View ──► every other stage
+//! ```
+
+mod enrolment;
+mod index;
+pub mod kinds;
+mod manifests;
+mod naming;
+mod objects;
+mod places;
+mod read;
+mod services;
+mod snapshot;
+mod watch;
+
+pub use index::{Settings, index};
+pub use manifests::{InForce, ManifestError, Problem};
+pub use objects::Objects;
+pub use places::{AnnotatedPlaces, Places};
+pub use snapshot::{
+    Endpoint, InvalidPolicy, Naming, Place, PolicyKind, Service, ServicePort, Snapshot, Unattended, View, Warning,
+    Workload,
+};
+pub use watch::{Source, SourceError};

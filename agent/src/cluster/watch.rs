@@ -1,0 +1,239 @@
+//! The thread that follows the manifest directory: inotify tells it when to look, a slow poll makes up for what inotify
+//! misses.
+//!
+//! It publishes whole snapshots, and only those that say something new.
+
+use std::{
+    io,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+    },
+    thread,
+    time::Instant,
+};
+
+use notify::{
+    EventKind, RecommendedWatcher, RecursiveMode, Watcher,
+    event::{AccessKind, AccessMode},
+};
+use tokio::sync::watch;
+
+use super::{Problem, Settings, Snapshot, View, index, manifests::Directory};
+use crate::life::limits;
+
+/// Why the directory can't be a source.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    #[error("manifest directory {}: {error}", directory.display())]
+    Directory { directory: PathBuf, error: io::Error },
+    #[error("no thread for the manifest directory: {0}")]
+    Thread(io::Error),
+}
+
+impl SourceError {
+    /// Stable name: metric label and log key.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Directory { .. } => "manifest_directory",
+            Self::Thread(_) => "thread",
+        }
+    }
+}
+
+/// A followed manifest directory. Dropping it ends the source: [`View::next`] then gives `None`.
+#[derive(Debug)]
+pub struct Source {
+    problems: watch::Receiver<Arc<[Problem]>>,
+    wake: SyncSender<()>,
+    /// Asks the thread to end when it wakes.
+    stop: Arc<AtomicBool>,
+}
+
+impl Source {
+    /// Reads the directory and follows it from then on. The first snapshot, of generation 1, is whole when this returns.
+    /// It blocks while it reads.
+    ///
+    /// # Errors
+    /// When the directory can't be listed. Malformed files are no error: see [`Source::problems`].
+    pub fn start(directory: impl Into<PathBuf>, settings: Settings) -> Result<(View, Self), SourceError> {
+        let path = directory.into();
+        let (wake, woken) = sync_channel(1);
+        // Watched before it is read, so that nothing changes unseen in between.
+        let mut watcher = Watched::new(path.clone(), wake.clone());
+        let mut directory = Directory::new(path.clone());
+        directory.scan().map_err(|error| SourceError::Directory { directory: path, error })?;
+        let first_problems: Arc<[Problem]> = directory.problems().into();
+        tell(&first_problems, &[]);
+        let first = index(&directory.objects(), &settings, 1);
+        tell_warnings(&first, None);
+        let (snapshots, view) = watch::channel(Arc::new(first));
+        let (problems_sender, problems) = watch::channel(first_problems);
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let follow = move || {
+            loop {
+                wait(&woken);
+                if stopped.load(Ordering::Relaxed) {
+                    break;
+                }
+                watcher.renew();
+                update(&mut directory, &settings, &snapshots, &problems_sender);
+            }
+        };
+        thread::Builder::new().name("manifests".into()).spawn(follow).map_err(SourceError::Thread)?;
+        Ok((View::new(view), Self { problems, wake, stop }))
+    }
+
+    /// What is wrong in the directory now, and its changes.
+    #[must_use]
+    pub fn problems(&self) -> watch::Receiver<Arc<[Problem]>> {
+        self.problems.clone()
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // A full channel wakes the thread just as well.
+        let _already_woken = self.wake.try_send(());
+    }
+}
+
+/// Waits for a change or for the next poll, and then for quiet: a file that is being written is not worth reading.
+fn wait(woken: &Receiver<()>) {
+    if woken.recv_timeout(limits::MANIFEST_POLL) != Ok(()) {
+        return;
+    }
+    let latest = Instant::now() + limits::MANIFEST_QUIET_MAX;
+    while Instant::now() < latest {
+        if woken.recv_timeout(limits::MANIFEST_QUIET) == Err(RecvTimeoutError::Timeout) {
+            return;
+        }
+    }
+}
+
+/// Looks at the directory and publishes what is new.
+fn update(
+    directory: &mut Directory,
+    settings: &Settings,
+    snapshots: &watch::Sender<Arc<Snapshot>>,
+    problems: &watch::Sender<Arc<[Problem]>>,
+) {
+    let changed = directory.scan();
+    let found: Arc<[Problem]> = match changed {
+        Ok(false) => return,
+        Ok(true) | Err(_) => directory.problems().into(),
+    };
+    if *found != **problems.borrow() {
+        tell(&found, &problems.borrow());
+        problems.send_replace(found);
+    }
+    if changed.is_err() {
+        return;
+    }
+    let current = Arc::clone(&snapshots.borrow());
+    let next = index(&directory.objects(), settings, current.generation + 1);
+    if next.same_content(&current) {
+        return;
+    }
+    tell_warnings(&next, Some(&current));
+    tracing::info!(
+        generation = next.generation,
+        workloads = next.workloads.len(),
+        services = next.services.len(),
+        policies = next.authorization_policies.len() + next.peer_authentications.len() + next.invalid_policies.len(),
+        "Cluster changed"
+    );
+    snapshots.send_replace(Arc::new(next));
+}
+
+/// Logs problems that were not there before, and that one is gone.
+fn tell(problems: &[Problem], before: &[Problem]) {
+    for problem in problems.iter().filter(|problem| !before.contains(problem)) {
+        tracing::warn!(
+            file = %problem.file.display(),
+            reason = problem.error.reason(),
+            in_force = ?problem.in_force,
+            fix = problem.error.fix(),
+            error = %problem.error,
+            "Manifest has a problem"
+        );
+    }
+    for problem in before.iter().filter(|problem| !problems.contains(problem)) {
+        tracing::info!(file = %problem.file.display(), reason = problem.error.reason(), "Manifest problem is gone");
+    }
+}
+
+fn tell_warnings(next: &Snapshot, before: Option<&Snapshot>) {
+    let known = |warning| before.is_some_and(|before| before.warnings.contains(warning));
+    for warning in next.warnings.iter().filter(|warning| !known(warning)) {
+        tracing::warn!(object = warning.object, field = warning.field, "{}", warning.message);
+    }
+}
+
+/// Whether an event is of someone reading, such as this agent.
+fn only_read(kind: EventKind) -> bool {
+    kind.is_access() && kind != EventKind::Access(AccessKind::Close(AccessMode::Write))
+}
+
+/// An inotify watch on the directory, made again when another directory takes its place.
+struct Watched {
+    path: PathBuf,
+    wake: SyncSender<()>,
+    /// The watcher and the directory (device, inode) that it is on.
+    on: Option<(RecommendedWatcher, (u64, u64))>,
+    /// Whether the last try failed, so that it is told once.
+    failed: bool,
+}
+
+impl Watched {
+    fn new(path: PathBuf, wake: SyncSender<()>) -> Self {
+        let mut watched = Self { path, wake, on: None, failed: false };
+        watched.renew();
+        watched
+    }
+
+    fn renew(&mut self) {
+        use std::os::unix::fs::MetadataExt;
+        let Ok(metadata) = std::fs::metadata(&self.path) else { return };
+        let identity = (metadata.dev(), metadata.ino());
+        if self.on.as_ref().is_some_and(|(_, watched)| *watched == identity) {
+            return;
+        }
+        self.on = match self.watch() {
+            Ok(watcher) => Some((watcher, identity)),
+            Err(error) => {
+                if !self.failed {
+                    tracing::warn!(
+                        directory = %self.path.display(),
+                        %error,
+                        "Manifest directory can't be watched, so changes are seen only every {:?}",
+                        limits::MANIFEST_POLL
+                    );
+                }
+                None
+            }
+        };
+        self.failed = self.on.is_none();
+    }
+
+    fn watch(&self) -> Result<RecommendedWatcher, notify::Error> {
+        let wake = self.wake.clone();
+        // A full channel means that the thread is to look anyway. An error (lost events) is a reason to look, too.
+        let on_event = move |event: notify::Result<notify::Event>| {
+            if !event.is_ok_and(|event| only_read(event.kind)) {
+                let _already_woken = wake.try_send(());
+            }
+        };
+        let mut watcher = notify::recommended_watcher(on_event)?;
+        watcher.watch(&self.path, RecursiveMode::NonRecursive)?;
+        Ok(watcher)
+    }
+}
+
+#[cfg(test)]
+mod tests;
