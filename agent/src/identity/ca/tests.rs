@@ -1,0 +1,344 @@
+//! What the CA signs and what it never does.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    time::{Duration, SystemTime},
+};
+
+use prost_types::{Struct, Value, value::Kind};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
+    PKCS_ECDSA_P384_SHA384, PKCS_ED25519, SanType,
+};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig};
+use x509_parser::prelude::*;
+
+use super::{
+    Ca, CaConfig, RootSource,
+    issue::{examine, sign},
+    root::Root,
+};
+use crate::{
+    identity::{
+        IMPERSONATED_IDENTITY, SpiffeId, TrustDomain,
+        key::WorkloadKey,
+        proto::{IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient},
+    },
+    life::limits,
+};
+
+const WEB: &str = "spiffe://mesh.test/ns/shop/sa/web";
+const HOUR: Duration = Duration::from_secs(3_600);
+
+fn trust_domain() -> TrustDomain {
+    "mesh.test".parse().unwrap()
+}
+
+fn request(csr: String, identity: Option<Kind>, seconds: i64) -> IstioCertificateRequest {
+    let fields = identity.map(|kind| (IMPERSONATED_IDENTITY.to_owned(), Value { kind: Some(kind) }));
+    IstioCertificateRequest {
+        csr,
+        validity_duration: seconds,
+        metadata: Some(Struct { fields: BTreeMap::from_iter(fields) }),
+    }
+}
+
+fn named(identity: &str) -> Option<Kind> {
+    Some(Kind::StringValue(identity.to_owned()))
+}
+
+fn good_csr() -> String {
+    WorkloadKey::generate().unwrap().request(&WEB.parse().unwrap()).unwrap()
+}
+
+fn csr(change: impl FnOnce(&mut CertificateParams)) -> String {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    change(&mut params);
+    params.serialize_request(&KeyPair::generate().unwrap()).unwrap().pem().unwrap()
+}
+
+fn uri(text: &str) -> SanType {
+    SanType::URI(text.try_into().unwrap())
+}
+
+#[test]
+fn every_abuse_is_refused_for_its_reason() {
+    let p384 = {
+        let params = CertificateParams::default();
+        params.serialize_request(&KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384).unwrap()).unwrap().pem().unwrap()
+    };
+    let forged = {
+        let der = ::pem::parse(good_csr()).unwrap();
+        let mut bytes = der.contents().to_vec();
+        // Inside the public key.
+        let at = bytes.windows(3).position(|window| window == [0x42, 0, 4]).unwrap() + 10;
+        bytes[at] ^= 1;
+        ::pem::encode(&::pem::Pem::new("CERTIFICATE REQUEST", bytes))
+    };
+    let trailing = {
+        let mut bytes = ::pem::parse(good_csr()).unwrap().contents().to_vec();
+        bytes.push(0);
+        ::pem::encode(&::pem::Pem::new("CERTIFICATE REQUEST", bytes))
+    };
+    let huge = format!("{}{}", good_csr(), "x".repeat(limits::CSR_BYTES));
+    for (what, request, reason) in [
+        ("no identity", request(good_csr(), None, 60), "no_identity"),
+        ("identity is no string", request(good_csr(), Some(Kind::BoolValue(true)), 60), "no_identity"),
+        ("no metadata", IstioCertificateRequest { csr: good_csr(), ..Default::default() }, "no_identity"),
+        ("no SPIFFE id", request(good_csr(), named("web"), 60), "bad_spiffe_id"),
+        ("extra path", request(good_csr(), named(&format!("{WEB}/x")), 60), "bad_spiffe_id"),
+        ("NUL", request(good_csr(), named(&format!("{WEB}\0")), 60), "bad_spiffe_id"),
+        ("foreign", request(good_csr(), named("spiffe://other.test/ns/shop/sa/web"), 60), "trust_domain"),
+        ("no CSR", request(String::new(), named(WEB), 60), "csr_malformed"),
+        ("no PEM", request("CSR".to_owned(), named(WEB), 60), "csr_malformed"),
+        ("trailing byte", request(trailing, named(WEB), 60), "csr_malformed"),
+        ("oversize", request(huge, named(WEB), 60), "csr_too_large"),
+        ("P-384", request(p384, named(WEB), 60), "csr_key"),
+        ("forged", request(forged, named(WEB), 60), "csr_signature"),
+        (
+            "another URI SAN",
+            request(csr(|csr| csr.subject_alt_names = vec![uri("spiffe://mesh.test/ns/shop/sa/admin")]), named(WEB), 60),
+            "csr_other_name",
+        ),
+        (
+            "two URI SANs",
+            request(
+                csr(|csr| csr.subject_alt_names = vec![uri(WEB), uri("spiffe://mesh.test/ns/shop/sa/admin")]),
+                named(WEB),
+                60,
+            ),
+            "csr_other_name",
+        ),
+        (
+            "DNS SAN",
+            request(
+                csr(|csr| csr.subject_alt_names = vec![SanType::DnsName("istiod.istio-system.svc".try_into().unwrap())]),
+                named(WEB),
+                60,
+            ),
+            "csr_other_name",
+        ),
+    ] {
+        let refusal = examine(&request, &trust_domain(), HOUR).map(|approved| approved.identity).expect_err(what);
+        assert_eq!(refusal.reason(), reason, "{what}: {refusal}");
+    }
+}
+
+#[test]
+fn nothing_of_a_request_but_its_key_reaches_the_certificate() {
+    let root = Root::new(&RootSource::Generate { lifetime: HOUR * 24 }, &trust_domain()).unwrap();
+    let greedy = csr(|csr| {
+        csr.distinguished_name.push(DnType::CommonName, "admin");
+        csr.subject_alt_names = vec![uri(WEB)];
+        csr.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        csr.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        csr.extended_key_usages = vec![ExtendedKeyUsagePurpose::CodeSigning];
+    });
+    let now = SystemTime::now();
+    let approved = examine(&request(greedy.clone(), named(WEB), 600), &trust_domain(), HOUR).unwrap();
+    let issued = sign(&root, &approved, now).unwrap();
+    let (_, certificate) = X509Certificate::from_der(&issued.certificate).unwrap();
+    let requested = ::pem::parse(&greedy).unwrap();
+    let (_, requested) = X509CertificationRequest::from_der(requested.contents()).unwrap();
+    assert_eq!(certificate.public_key().raw, requested.certification_request_info.subject_pki.raw);
+    assert_eq!(certificate.subject().iter().count(), 0);
+    let names = certificate.subject_alternative_name().unwrap().unwrap();
+    assert!(names.critical);
+    assert_eq!(names.value.general_names, vec![GeneralName::URI(WEB)]);
+    let usage = certificate.key_usage().unwrap().unwrap().value;
+    assert_eq!(usage.flags, 1, "digitalSignature alone");
+    let extended = certificate.extended_key_usage().unwrap().unwrap().value;
+    assert!(extended.server_auth && extended.client_auth && !extended.code_signing && extended.other.is_empty());
+    assert!(!certificate.basic_constraints().unwrap().unwrap().value.ca);
+    assert!(certificate.verify_signature(Some(X509Certificate::from_der(&root.chain[0]).unwrap().1.public_key())).is_ok());
+}
+
+#[test]
+fn a_certificate_lasts_what_was_asked_for_within_the_cap_and_the_root() {
+    let lasts = |asked: i64, cap: Duration, root: Duration| {
+        let root = Root::new(&RootSource::Generate { lifetime: root }, &trust_domain()).unwrap();
+        let now = SystemTime::now();
+        let approved = examine(&request(good_csr(), named(WEB), asked), &trust_domain(), cap).unwrap();
+        let issued = sign(&root, &approved, now).unwrap();
+        let (_, certificate) = X509Certificate::from_der(&issued.certificate).unwrap();
+        let (validity, now) = (certificate.validity(), now.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs());
+        let now = i64::try_from(now).unwrap();
+        assert_eq!(certificate.raw_serial().len(), 16);
+        (now - validity.not_before.timestamp(), validity.not_after.timestamp() - now)
+    };
+    let near = |(before, after): (i64, i64), expected: (i64, i64)| {
+        assert!((before - expected.0).abs() <= 1 && (after - expected.1).abs() <= 1, "{before}, {after}: not {expected:?}");
+    };
+    near(lasts(1_800, HOUR, HOUR * 99), (120, 1_800));
+    near(lasts(86_400, HOUR, HOUR * 99), (120, 3_600));
+    near(lasts(0, HOUR, HOUR * 99), (120, 3_600));
+    near(lasts(-5, HOUR, HOUR * 99), (120, 3_600));
+    near(lasts(i64::MAX, HOUR, HOUR * 99), (120, 3_600));
+    near(lasts(100, HOUR, HOUR * 99), (10, 100));
+    near(lasts(3_600, HOUR, Duration::from_secs(60)), (120, 60));
+}
+
+#[test]
+fn an_ed25519_key_is_signed_too() {
+    let root = Root::new(&RootSource::Generate { lifetime: HOUR }, &trust_domain()).unwrap();
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    let csr = params.serialize_request(&KeyPair::generate_for(&PKCS_ED25519).unwrap()).unwrap().pem().unwrap();
+    let approved = examine(&request(csr, named(WEB), 60), &trust_domain(), HOUR).unwrap();
+    sign(&root, &approved, SystemTime::now()).unwrap();
+}
+
+struct Running {
+    directory: tempfile::TempDir,
+    channel: Channel,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn config(directory: &tempfile::TempDir) -> CaConfig {
+    CaConfig {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        trust_domain: trust_domain(),
+        root: RootSource::Generate { lifetime: super::ROOT_LIFETIME },
+        publish_root: Some(directory.path().join("root.pem")),
+        token_file: directory.path().join("token"),
+        names: vec!["ca.test".to_owned(), "::1".to_owned()],
+        max_lifetime: super::MAX_LIFETIME,
+    }
+}
+
+async fn running(token: Option<&str>) -> Running {
+    let directory = tempfile::Builder::new().prefix("hi-").tempdir().unwrap();
+    if let Some(token) = token {
+        fs::write(directory.path().join("token"), token).unwrap();
+    }
+    let ca = Ca::bind(config(&directory)).await.unwrap();
+    let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca.root_pem())).domain_name("ca.test");
+    let endpoint = Channel::from_shared(format!("https://{}", ca.address())).unwrap().tls_config(tls).unwrap();
+    let task = tokio::spawn(async move { ca.run(std::future::pending()).await.unwrap() });
+    Running { directory, channel: endpoint.connect_lazy(), task }
+}
+
+async fn call(ca: &Running, authorization: &[&str], request: IstioCertificateRequest) -> Result<Vec<String>, tonic::Status> {
+    let mut request = tonic::Request::new(request);
+    for value in authorization {
+        request.metadata_mut().append("authorization", value.parse().unwrap());
+    }
+    let mut client = IstioCertificateServiceClient::new(ca.channel.clone());
+    client.create_certificate(request).await.map(|answer| answer.into_inner().cert_chain)
+}
+
+#[tokio::test]
+async fn every_refusal_looks_the_same_to_the_caller() {
+    let ca = running(Some("secret\n")).await;
+    let good = || request(good_csr(), named(WEB), 60);
+    let chain = call(&ca, &["Bearer secret"], good()).await.unwrap();
+    let published = fs::read_to_string(ca.directory.path().join("root.pem")).unwrap();
+    assert_eq!(chain.len(), 2);
+    assert_eq!(chain[1], published);
+    assert!(!published.contains("PRIVATE"));
+    let mut seen = std::collections::HashSet::new();
+    for (authorization, request) in [
+        (&[][..], good()),
+        (&["Bearer "], good()),
+        (&["Bearer secre"], good()),
+        (&["Bearer secrets"], good()),
+        (&["secret"], good()),
+        (&["Basic secret"], good()),
+        (&["Bearer secret", "Bearer secret"], good()),
+        (&["Bearer secret"], request(good_csr(), named("spiffe://other.test/ns/shop/sa/web"), 60)),
+        (&["Bearer secret"], request("x".to_owned(), named(WEB), 60)),
+        (&["Bearer secret"], request(good_csr(), None, 60)),
+    ] {
+        let status = call(&ca, authorization, request).await.unwrap_err();
+        seen.insert((status.code() as i32, status.message().to_owned()));
+    }
+    assert_eq!(seen.into_iter().collect::<Vec<_>>(), [(16, "request authenticate failure".to_owned())]);
+}
+
+#[tokio::test]
+async fn without_a_token_file_nothing_is_signed() {
+    for token in [None, Some(""), Some(" \n")] {
+        let ca = running(token).await;
+        for authorization in ["Bearer ", "Bearer", "Bearer x"] {
+            assert!(call(&ca, &[authorization], request(good_csr(), named(WEB), 60)).await.is_err(), "{token:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_oversize_request_does_not_reach_the_parser() {
+    let ca = running(Some("secret")).await;
+    let status = call(&ca, &["Bearer secret"], request("x".repeat(1 << 20), named(WEB), 60)).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::OutOfRange);
+}
+
+#[tokio::test]
+async fn a_root_that_can_not_issue_stops_the_ca_at_its_start() {
+    let directory = tempfile::Builder::new().prefix("hi-").tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let root = crate::identity::tests::support::TestRoot::new("a root");
+    fs::write(path("root.crt"), root.certificate.pem()).unwrap();
+    fs::write(path("other.key"), KeyPair::generate().unwrap().serialize_pem()).unwrap();
+    fs::write(path("root.key"), root.key.serialize_pem()).unwrap();
+    let leaf_key = KeyPair::generate().unwrap();
+    let leaf = root.sign(&CertificateParams::default(), &leaf_key);
+    fs::write(path("leaf.crt"), super::pem(&leaf)).unwrap();
+    fs::write(path("leaf.key"), leaf_key.serialize_pem()).unwrap();
+    for (certificate, key, reason) in [
+        ("root.crt", "other.key", "key_mismatch"),
+        ("leaf.crt", "leaf.key", "roots_invalid"),
+        ("root.crt", "root.crt", "certificate"),
+        ("missing", "root.key", "read"),
+    ] {
+        let root = RootSource::Files { certificate: path(certificate), key: path(key) };
+        let error = Ca::bind(CaConfig { root, ..config(&directory) }).await.unwrap_err();
+        assert_eq!(error.reason(), reason, "{error}");
+    }
+    let name = CaConfig { names: vec!["not a name".to_owned()], ..config(&directory) };
+    assert_eq!(Ca::bind(name).await.unwrap_err().reason(), "name");
+}
+
+#[tokio::test]
+async fn an_intermediate_issues_with_its_chain() {
+    let directory = tempfile::Builder::new().prefix("hi-").tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let root = crate::identity::tests::support::TestRoot::new("a root");
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, "an intermediate");
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    let intermediate = root.sign(&params, &key);
+    fs::write(path("chain.crt"), format!("{}{}", super::pem(&intermediate), root.certificate.pem())).unwrap();
+    fs::write(path("key"), key.serialize_pem()).unwrap();
+    fs::write(path("token"), "secret").unwrap();
+    let root = RootSource::Files { certificate: path("chain.crt"), key: path("key") };
+    let ca = Ca::bind(CaConfig { root, names: vec!["127.0.0.1".to_owned()], ..config(&directory) }).await.unwrap();
+    let address = ca.address();
+    let task = tokio::spawn(async move { ca.run(std::future::pending()).await.unwrap() });
+    let web: SpiffeId = WEB.parse().unwrap();
+    let certificates = crate::identity::Certificates::start(crate::identity::CaClientConfig {
+        address: format!("https://{address}"),
+        server_name: None,
+        root_certificate: path("root.pem"),
+        token_file: path("token"),
+        cluster_id: "Kubernetes".to_owned(),
+        trust_domain: trust_domain(),
+        lifetime: HOUR,
+    })
+    .unwrap();
+    certificates.keep([web.clone()].into());
+    let server = certificates.server(&web).await.unwrap();
+    let client = certificates.client(&web, &web).await.unwrap();
+    let outcome = crate::identity::tests::support::handshake(client, server).await;
+    assert_eq!(outcome.server.unwrap(), web);
+    task.abort();
+}

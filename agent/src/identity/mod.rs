@@ -1,0 +1,38 @@
+//! Who is it? SPIFFE ids, keys in memory, certificates, the CA client and the CA.
+//!
+//! Keys never leave memory. Nothing here decides whether a connection is allowed.
+//!
+//! - [`SpiffeId`] is parsed once and compared by bytes
+//! - `verify` decides whether a peer is who it must be, with `roots` as the anchors of trust
+//! - `client` asks the CA for a certificate, `schedule` says when, `rotation` does it
+//! - [`Certificates`] is what the tunnel sees of all that
+//! - [`ca`] is the CA that is built in
+
+pub mod ca;
+mod certificates;
+mod client;
+mod key;
+mod roots;
+mod rotation;
+mod schedule;
+mod spiffe;
+mod tls;
+mod verify;
+
+pub use certificates::{CertificateStatus, Certificates, IdentityError};
+pub use client::{CaClientConfig, FetchError};
+pub use roots::{RootStatus, RootsError};
+pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};
+pub use verify::{PeerError, handshake_reason, peer_identity};
+
+/// Messages and service of `proto/citadel.proto`.
+mod proto {
+    #![allow(clippy::all, clippy::pedantic, clippy::unwrap_used, reason = "generated code")]
+    tonic::include_proto!("istio.v1.auth");
+}
+
+/// Request metadata key under which a node names the workload that it asks for.
+const IMPERSONATED_IDENTITY: &str = "ImpersonatedIdentity";
+
+#[cfg(test)]
+mod tests;

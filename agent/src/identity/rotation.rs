@@ -1,0 +1,365 @@
+//! Keeps the node's certificates: runs what `schedule` says, swaps certificates under the TLS settings that use them,
+//! and watches the trust bundle.
+//!
+//! A certificate that can't be renewed stays until it expires; an expired one is never presented.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use rustls::{
+    ClientConfig, ServerConfig, SignatureScheme,
+    client::ResolvesClientCert,
+    server::{ClientHello, ResolvesServerCert},
+    sign::CertifiedKey,
+};
+use tokio::{
+    sync::{Notify, watch},
+    task::{Id, JoinError, JoinSet},
+    time::{MissedTickBehavior, interval, sleep},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    CaClientConfig, CertificateStatus, FetchError, IdentityError, RootStatus, RootsError, SpiffeId, TrustDomain,
+    client::{CaClient, Held},
+    roots::{TrustBundle, unix_time},
+    schedule::{Now, Outcome, Schedule, Ticket},
+    tls,
+    verify::{ExpectedServer, MeshClient},
+};
+use crate::life::limits;
+
+/// Our certificate for one identity, as rustls asks for it at each handshake.
+#[derive(Default)]
+struct Own(ArcSwapOption<Held>);
+
+impl Own {
+    fn certified(&self) -> Option<Arc<CertifiedKey>> {
+        let held = self.0.load();
+        held.as_ref().filter(|held| held.valid(SystemTime::now())).map(|held| Arc::clone(&held.certified))
+    }
+}
+
+impl fmt::Debug for Own {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Own").finish_non_exhaustive()
+    }
+}
+
+impl ResolvesServerCert for Own {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.certified()
+    }
+}
+
+impl ResolvesClientCert for Own {
+    fn resolve(&self, _roots: &[&[u8]], _schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        self.certified()
+    }
+
+    fn has_certs(&self) -> bool {
+        self.certified().is_some()
+    }
+}
+
+/// One identity that is kept.
+pub(super) struct Entry {
+    own: Arc<Own>,
+    server: Arc<ServerConfig>,
+    last_error: Mutex<String>,
+}
+
+impl Entry {
+    pub fn server(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.server)
+    }
+
+    fn usable(&self) -> bool {
+        self.own.certified().is_some()
+    }
+
+    fn last_error(&self) -> MutexGuard<'_, String> {
+        self.last_error.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+type Entries = HashMap<SpiffeId, Arc<Entry>>;
+
+pub(super) struct Shared {
+    trust_domain: TrustDomain,
+    ca: CaClient,
+    bundle: Arc<TrustBundle>,
+    entries: ArcSwap<Entries>,
+    schedule: Mutex<Schedule>,
+    /// The schedule changed.
+    poke: Notify,
+    /// A certificate came, or the set changed: connections that wait look again.
+    changes: watch::Sender<()>,
+    client_template: ClientConfig,
+    server_template: ServerConfig,
+}
+
+impl Shared {
+    pub fn new(config: CaClientConfig) -> Result<Self, IdentityError> {
+        let trust_domain = config.trust_domain.clone();
+        let bundle = Arc::new(TrustBundle::new(config.root_certificate.clone()));
+        let nobody: Arc<Own> = Arc::default();
+        let expected = SpiffeId::new(&trust_domain, "none", "none").map_err(super::PeerError::BadSpiffeId)?;
+        let servers = ExpectedServer { expected, roots: Arc::clone(bundle.current()) };
+        let clients = MeshClient { trust_domain: trust_domain.clone(), roots: Arc::clone(bundle.current()) };
+        Ok(Self {
+            trust_domain,
+            ca: CaClient::new(config, Arc::clone(&bundle))?,
+            bundle,
+            entries: ArcSwap::default(),
+            schedule: Mutex::new(Schedule::new(fastrand::Rng::new())),
+            poke: Notify::new(),
+            changes: watch::Sender::new(()),
+            client_template: tls::client_config(Arc::new(servers), nobody.clone())?,
+            server_template: tls::server_config(Arc::new(clients), nobody)?,
+        })
+    }
+
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    pub fn keep(&self, mut identities: HashSet<SpiffeId>) {
+        identities.retain(|identity| {
+            let ours = identity.trust_domain() == self.trust_domain.as_str();
+            if !ours {
+                tracing::warn!(%identity, trust_domain = %self.trust_domain, "Identity of another trust domain left out.");
+            }
+            ours
+        });
+        // The schedule's lock also orders concurrent calls.
+        let mut schedule = self.schedule();
+        let old = self.entries.load_full();
+        let new: Entries = identities
+            .iter()
+            .map(|identity| {
+                let entry = old.get(identity).cloned().unwrap_or_else(|| Arc::new(self.entry()));
+                (identity.clone(), entry)
+            })
+            .collect();
+        schedule.keep(&identities, Now::read());
+        self.entries.store(Arc::new(new));
+        for (_, entry) in old.iter().filter(|(identity, _)| !identities.contains(identity)) {
+            // TLS settings that connections still hold lose their key too.
+            entry.own.0.store(None);
+        }
+        drop(schedule);
+        self.poke.notify_one();
+        self.changes.send_replace(());
+    }
+
+    fn entry(&self) -> Entry {
+        let own: Arc<Own> = Arc::default();
+        let mut server = self.server_template.clone();
+        server.cert_resolver = own.clone();
+        Entry { own, server: Arc::new(server), last_error: Mutex::default() }
+    }
+
+    /// Settings for one connection: a clone of the template (a dozen shared pointers) with the two ends filled in.
+    pub fn client(&self, entry: &Entry, peer: &SpiffeId) -> Arc<ClientConfig> {
+        let mut config = self.client_template.clone();
+        config.client_auth_cert_resolver = entry.own.clone();
+        let verifier = ExpectedServer { expected: peer.clone(), roots: Arc::clone(self.bundle.current()) };
+        config.dangerous().set_certificate_verifier(Arc::new(verifier));
+        Arc::new(config)
+    }
+
+    /// The entry of `own` with a valid certificate, waited for up to `limits::HOLD`.
+    pub async fn ready(&self, own: &SpiffeId) -> Result<Arc<Entry>, IdentityError> {
+        if let Some(entry) = self.usable(own) {
+            return Ok(entry);
+        }
+        if own.trust_domain() != self.trust_domain.as_str() {
+            return Err(IdentityError::NotOurs(own.clone()));
+        }
+        match tokio::time::timeout(limits::HOLD, self.arrival(own)).await {
+            Ok(entry) => Ok(entry),
+            Err(_) => Err(self.missing(own)),
+        }
+    }
+
+    fn usable(&self, own: &SpiffeId) -> Option<Arc<Entry>> {
+        self.entries.load().get(own).filter(|entry| entry.usable()).cloned()
+    }
+
+    async fn arrival(&self, own: &SpiffeId) -> Arc<Entry> {
+        let mut changes = self.changes.subscribe();
+        loop {
+            changes.mark_unchanged();
+            if let Some(entry) = self.usable(own) {
+                return entry;
+            }
+            self.schedule().need(own);
+            self.poke.notify_one();
+            if changes.changed().await.is_err() {
+                // The sender is ours, so this does not happen; the caller's deadline ends it.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    fn missing(&self, own: &SpiffeId) -> IdentityError {
+        let entries = self.entries.load();
+        let Some(entry) = entries.get(own) else {
+            return IdentityError::NotOurs(own.clone());
+        };
+        let error = entry.last_error().clone();
+        let error = if error.is_empty() { "the CA has not answered yet".to_owned() } else { error };
+        match entry.own.0.load().as_ref() {
+            Some(_) => IdentityError::Expired(own.clone(), error),
+            None => IdentityError::NotYet(own.clone(), error),
+        }
+    }
+
+    pub fn list(&self) -> Vec<CertificateStatus> {
+        let mut list: Vec<_> = self
+            .entries
+            .load()
+            .iter()
+            .map(|(identity, entry)| {
+                let held = entry.own.0.load();
+                let held = held.as_ref();
+                CertificateStatus {
+                    identity: identity.clone(),
+                    serial: held.map(|held| held.serial.clone()).unwrap_or_default(),
+                    not_before: held.map(|held| held.not_before),
+                    not_after: held.map(|held| held.not_after),
+                    last_error: entry.last_error().clone(),
+                }
+            })
+            .collect();
+        list.sort_by(|a, b| a.identity.cmp(&b.identity));
+        list
+    }
+
+    pub fn roots(&self) -> Vec<RootStatus> {
+        self.bundle.current().load().status()
+    }
+
+    fn schedule(&self) -> MutexGuard<'_, Schedule> {
+        self.schedule.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A fetch ended. What it brought is dropped if the identity left the set meanwhile.
+    fn finish(&self, identity: &SpiffeId, ticket: Ticket, result: Result<Held, FetchError>) {
+        let now = Now::read();
+        let mut schedule = self.schedule();
+        let entry = self.entries.load().get(identity).cloned();
+        let outcome = match &result {
+            Ok(held) => Outcome::Held { until: held.not_after },
+            Err(error) if error.unreachable() => Outcome::Unreachable,
+            Err(_) => Outcome::Refused,
+        };
+        schedule.finished(identity, ticket, outcome, now);
+        let Some(entry) = entry else { return };
+        match result {
+            Ok(held) => {
+                tracing::info!(%identity, serial = held.serial, not_after = %humantime::format_rfc3339_seconds(held.not_after), "Certificate received.");
+                entry.last_error().clear();
+                entry.own.0.store(Some(Arc::new(held)));
+                drop(schedule);
+                self.changes.send_replace(());
+            }
+            Err(error) => {
+                tracing::warn!(%identity, reason = error.reason(), %error, still_valid = entry.usable(), "No certificate.");
+                *entry.last_error() = error.to_string();
+            }
+        }
+    }
+
+    /// Certificates that peers with the bundle file of now won't trust are renewed at once.
+    fn renew_untrusted(&self) {
+        let roots = self.bundle.of_file();
+        let now = unix_time(SystemTime::now());
+        let mut schedule = self.schedule();
+        for (identity, entry) in self.entries.load().iter() {
+            let trusted = entry.own.certified().is_none_or(|held| match held.cert.split_first() {
+                Some((leaf, intermediates)) => roots.verify_server(leaf, intermediates, now).is_ok(),
+                None => false,
+            });
+            if !trusted {
+                schedule.renew(identity);
+            }
+        }
+    }
+}
+
+/// What was last seen of the trust bundle file, so that each change and each new error is reported once.
+#[derive(Default)]
+struct BundleWatch {
+    generation: u64,
+    error: Option<RootsError>,
+}
+
+impl BundleWatch {
+    fn look(&mut self, shared: &Shared) {
+        match shared.bundle.reload() {
+            Ok(generation) => {
+                self.error = None;
+                if generation != self.generation {
+                    self.generation = generation;
+                    tracing::info!(roots = shared.roots().len(), "Trust bundle read.");
+                    shared.renew_untrusted();
+                }
+            }
+            Err(error) => {
+                if self.error.as_ref() != Some(&error) {
+                    tracing::warn!(reason = error.reason(), %error, "Trust bundle not read, the last good one stays.");
+                }
+                self.error = Some(error);
+            }
+        }
+    }
+}
+
+/// Fetches and renews until `stop`.
+pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
+    let mut fetches: JoinSet<Result<Held, FetchError>> = JoinSet::new();
+    let mut running: HashMap<Id, (SpiffeId, Ticket)> = HashMap::new();
+    let mut bundle = BundleWatch::default();
+    let mut roots = interval(limits::BUNDLE_POLL);
+    roots.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let (starts, idle) = {
+            let mut schedule = shared.schedule();
+            let starts = schedule.start(Now::read());
+            (starts, schedule.idle(Now::read()))
+        };
+        for (identity, ticket) in starts {
+            let (shared, asked) = (Arc::clone(&shared), identity.clone());
+            let task = fetches.spawn(async move { shared.ca.fetch(&asked).await });
+            running.insert(task.id(), (identity, ticket));
+        }
+        // The wall clock may be set at any time: look at it again at least this often.
+        let idle = idle.unwrap_or(limits::BUNDLE_POLL).min(limits::BUNDLE_POLL);
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = shared.poke.notified() => {}
+            () = sleep(idle) => {}
+            _ = roots.tick() => bundle.look(&shared),
+            Some(ended) = fetches.join_next_with_id() => {
+                let (id, result) = outcome(ended);
+                if let Some((identity, ticket)) = running.remove(&id) {
+                    shared.finish(&identity, ticket, result);
+                }
+            }
+        }
+    }
+}
+
+fn outcome(ended: Result<(Id, Result<Held, FetchError>), JoinError>) -> (Id, Result<Held, FetchError>) {
+    match ended {
+        Ok(ended) => ended,
+        Err(error) => (error.id(), Err(FetchError::Internal(error.to_string()))),
+    }
+}

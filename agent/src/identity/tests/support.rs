@@ -1,0 +1,240 @@
+//! A root whose key the test holds, a CA that issues from it, and handshakes over real TCP.
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use rcgen::{
+    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, SanType,
+};
+use rustls::{
+    ClientConfig, ServerConfig,
+    sign::{CertifiedKey, SingleCertAndKey},
+};
+use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
+};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_util::sync::CancellationToken;
+
+use crate::identity::{
+    CaClientConfig, Certificates, SpiffeId, TrustDomain,
+    ca::{Ca, CaConfig, RootSource},
+    peer_identity,
+};
+
+pub const TOKEN: &str = "a-token";
+
+pub fn id(namespace: &str, account: &str) -> SpiffeId {
+    SpiffeId::new(&trust_domain(), namespace, account).unwrap()
+}
+
+pub fn trust_domain() -> TrustDomain {
+    "mesh.test".parse().unwrap()
+}
+
+pub struct TestRoot {
+    pub key: KeyPair,
+    pub certificate: Certificate,
+}
+
+/// A leaf in every wrong way.
+pub struct Leaf<'a> {
+    pub uris: &'a [&'a str],
+    pub dns: &'a [&'a str],
+    /// Seconds from now.
+    pub valid: (i64, i64),
+    pub usages: &'a [ExtendedKeyUsagePurpose],
+}
+
+impl Default for Leaf<'_> {
+    fn default() -> Self {
+        Self {
+            uris: &["spiffe://mesh.test/ns/shop/sa/web"],
+            dns: &[],
+            valid: (-60, 60),
+            usages: &[ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
+        }
+    }
+}
+
+impl Leaf<'_> {
+    pub fn params(&self) -> CertificateParams {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.subject_alt_names = self.uris.iter().map(|uri| SanType::URI((*uri).try_into().unwrap())).collect();
+        params.subject_alt_names.extend(self.dns.iter().map(|name| SanType::DnsName((*name).try_into().unwrap())));
+        let now = time::OffsetDateTime::now_utc();
+        params.not_before = now + time::Duration::seconds(self.valid.0);
+        params.not_after = now + time::Duration::seconds(self.valid.1);
+        params.extended_key_usages = self.usages.to_vec();
+        params.is_ca = IsCa::ExplicitNoCa;
+        params
+    }
+}
+
+impl TestRoot {
+    pub fn new(name: &str) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let certificate = params.self_signed(&key).unwrap();
+        Self { key, certificate }
+    }
+
+    pub fn sign(&self, params: &CertificateParams, key: &KeyPair) -> CertificateDer<'static> {
+        let issuer = Issuer::from_ca_cert_der(self.certificate.der(), &self.key).unwrap();
+        params.signed_by(key, &issuer).unwrap().der().clone()
+    }
+
+    pub fn leaf(&self, leaf: &Leaf<'_>) -> Arc<SingleCertAndKey> {
+        let key = KeyPair::generate().unwrap();
+        presented(self.sign(&leaf.params(), &key), &key)
+    }
+}
+
+pub fn self_signed(leaf: &Leaf<'_>) -> Arc<SingleCertAndKey> {
+    let key = KeyPair::generate().unwrap();
+    let certificate = leaf.params().self_signed(&key).unwrap();
+    presented(certificate.der().clone(), &key)
+}
+
+fn presented(certificate: CertificateDer<'static>, key: &KeyPair) -> Arc<SingleCertAndKey> {
+    let der = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
+    let signing = rustls::crypto::aws_lc_rs::sign::any_ecdsa_type(&der).unwrap();
+    Arc::new(SingleCertAndKey::from(CertifiedKey::new(vec![certificate], signing)))
+}
+
+/// A directory with a root, a token, and a CA that can be stopped and started again at its address.
+pub struct Mesh {
+    pub directory: TempDir,
+    pub root: TestRoot,
+    pub lifetime: Duration,
+    pub address: SocketAddr,
+    running: Option<(CancellationToken, JoinHandle<()>)>,
+}
+
+impl Mesh {
+    pub async fn start(lifetime: Duration) -> Self {
+        let directory = tempfile::Builder::new().prefix("hi-").tempdir().unwrap();
+        fs::write(directory.path().join("token"), format!("{TOKEN}\n")).unwrap();
+        let mut mesh = Self {
+            directory,
+            root: TestRoot::new("test root"),
+            lifetime,
+            address: "127.0.0.1:0".parse().unwrap(),
+            running: None,
+        };
+        mesh.start_ca().await;
+        mesh
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub fn ca_config(&self) -> CaConfig {
+        fs::write(self.path("ca.pem"), self.root.certificate.pem()).unwrap();
+        fs::write(self.path("ca.key"), self.root.key.serialize_pem()).unwrap();
+        CaConfig {
+            listen: self.address,
+            trust_domain: trust_domain(),
+            root: RootSource::Files { certificate: self.path("ca.pem"), key: self.path("ca.key") },
+            publish_root: Some(self.path("root.pem")),
+            token_file: self.path("token"),
+            names: vec!["localhost".to_owned(), "127.0.0.1".to_owned()],
+            max_lifetime: self.lifetime,
+        }
+    }
+
+    pub async fn start_ca(&mut self) {
+        let ca = Ca::bind(self.ca_config()).await.unwrap();
+        self.address = ca.address();
+        let stop = CancellationToken::new();
+        let task = tokio::spawn({
+            let stop = stop.clone();
+            async move { ca.run(stop.cancelled_owned()).await.unwrap() }
+        });
+        self.running = Some((stop, task));
+    }
+
+    pub async fn stop_ca(&mut self) {
+        let (stop, task) = self.running.take().unwrap();
+        stop.cancel();
+        task.await.unwrap();
+    }
+
+    pub fn client_config(&self) -> CaClientConfig {
+        CaClientConfig {
+            address: format!("https://{}", self.address),
+            server_name: None,
+            root_certificate: self.path("root.pem"),
+            token_file: self.path("token"),
+            cluster_id: "Kubernetes".to_owned(),
+            trust_domain: trust_domain(),
+            lifetime: Duration::from_secs(24 * 3_600),
+        }
+    }
+
+    pub fn node(&self, identities: &[&SpiffeId]) -> Certificates {
+        let certificates = Certificates::start(self.client_config()).unwrap();
+        certificates.keep(identities.iter().map(|identity| (*identity).clone()).collect());
+        certificates
+    }
+}
+
+/// What each side saw of the other: its SPIFFE id, or why not. The server sends one byte after the handshake, because a
+/// TLS 1.3 client learns only then that it was refused.
+pub struct Outcome {
+    pub client: io::Result<SpiffeId>,
+    pub server: io::Result<SpiffeId>,
+}
+
+pub async fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> Outcome {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = async {
+        let (stream, _) = listener.accept().await?;
+        let mut stream = TlsAcceptor::from(server).accept(stream).await?;
+        let identity = identity(stream.get_ref().1.peer_certificates());
+        stream.write_all(b"x").await?;
+        stream.shutdown().await?;
+        Ok(identity)
+    };
+    let connecting = async {
+        let stream = TcpStream::connect(address).await?;
+        let mut stream = TlsConnector::from(client).connect(ServerName::from(address.ip()), stream).await?;
+        assert_eq!(stream.get_ref().1.alpn_protocol(), Some(b"h2".as_slice()));
+        let identity = identity(stream.get_ref().1.peer_certificates());
+        let mut byte = [0];
+        stream.read_exact(&mut byte).await?;
+        Ok(identity)
+    };
+    let both = async { tokio::join!(connecting, serving) };
+    let (client, server) = tokio::time::timeout(Duration::from_secs(5), both).await.expect("the handshake hangs");
+    Outcome { client, server }
+}
+
+fn identity(certificates: Option<&[CertificateDer<'static>]>) -> SpiffeId {
+    peer_identity(&certificates.unwrap()[0]).unwrap()
+}
+
+/// Polls until `claim` holds; panics with `what` when it does not within `limit`.
+pub async fn within(limit: Duration, what: &str, mut claim: impl FnMut() -> bool) {
+    let start = SystemTime::now();
+    while !claim() {
+        assert!(start.elapsed().unwrap() < limit, "not within {limit:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
