@@ -1,0 +1,25 @@
+//! May this connection reach the app? One pure function over compiled rules; only it can make the [`Permit`] that
+//! forwarding needs.
+//!
+//! After identity and before the tunnel forwards a byte. It never does I/O, and it never turns what it can't
+//! understand into *allow*.
+//!
+//! ```text
+//! Snapshot ── parse ──► rules, strictness ── rulebook ──► Rulebook ─┐
+//!                                                        Request ───┴─ decide ──► Permit or Denial
+//! ```
+
+mod decide;
+mod model;
+mod parse;
+mod rulebook;
+mod rules;
+mod strictness;
+
+pub use decide::{Rehearsal, decide, rehearse};
+pub use model::{Denial, Outcome, Permit, Request};
+pub use rulebook::{Effect, Rulebook, Unenforceable};
+pub use rules::Action;
+
+#[cfg(test)]
+mod tests;
