@@ -1,0 +1,330 @@
+//! The tunnel's end: mutual TLS as the pod, HTTP/2, and for each CONNECT a decision, a delivery and a relay.
+
+use std::{
+    net::SocketAddr,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use h2::{RecvStream, SendStream, server::SendResponse};
+use http::{Method, Request, Response, StatusCode};
+use tokio::{
+    io::BufReader,
+    net::TcpStream,
+    time::{Instant, sleep_until, timeout},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+
+use super::{AnswerError, deliver, ended, failed, meant_service, permit, target::target};
+use crate::{
+    identity::SpiffeId,
+    life::limits,
+    policy,
+    tunnel::{
+        Direction, Flow, Security,
+        connections::Carried,
+        edge::Edge,
+        http2,
+        pod::{Pod, workload_at},
+        relay::{self, Counters},
+    },
+};
+
+/// What holds for all streams of one connection.
+#[derive(Debug)]
+struct Peer {
+    client: SocketAddr,
+    /// podIP:15008.
+    local: SocketAddr,
+    principal: SpiffeId,
+    own: SpiffeId,
+    streams: AtomicUsize,
+}
+
+/// Serves one connection to the pod's port 15008, to its end.
+pub(crate) async fn hbone<E: Edge>(pod: Arc<Pod<E>>, tcp: TcpStream, client: SocketAddr, local: SocketAddr) {
+    match authenticate(&pod, tcp, client, local).await {
+        Ok((tls, peer)) => {
+            pod.shared.observer.handshake(Direction::Inbound, Ok(()));
+            if let Err(error) = streams(&pod, tls, Arc::new(peer)).await {
+                tell(&pod, client, local, &error);
+            }
+        }
+        Err(error) => {
+            pod.shared.observer.handshake(Direction::Inbound, Err(error.reason()));
+            tell(&pod, client, local, &error);
+        }
+    }
+}
+
+/// Tells of a connection that failed before any CONNECT.
+fn tell<E: Edge>(pod: &Pod<E>, client: SocketAddr, local: SocketAddr, error: &AnswerError) {
+    let snapshot = pod.shared.cluster.load();
+    let flow = Flow {
+        direction: Direction::Inbound,
+        security: Security::None,
+        source: client,
+        destination: local,
+        hbone_target: None,
+        source_workload: workload_at(&snapshot, client.ip()).cloned(),
+        source_principal: None,
+        destination_workload: Some(pod.record(&snapshot)),
+        destination_principal: None,
+        destination_service: None,
+        trace_id: String::new(),
+    };
+    pod.failed(&flow, &failed(error));
+}
+
+async fn authenticate<E: Edge>(
+    pod: &Pod<E>,
+    tcp: TcpStream,
+    client: SocketAddr,
+    local: SocketAddr,
+) -> Result<(TlsStream<BufReader<TcpStream>>, Peer), AnswerError> {
+    let record = pod.record(&pod.shared.cluster.load());
+    let own = pod.identity(&record).map_err(|error| AnswerError::Identity {
+        reason: "bad_spiffe_id",
+        detail: error.to_string().into(),
+    })?;
+    // Bounded by `Certificates` itself: it waits for a first certificate as long as limits::HOLD.
+    let settings = pod.edge.server(&own).await.map_err(|error| AnswerError::Identity {
+        reason: error.reason(),
+        detail: error.to_string().into(),
+    })?;
+    let tcp = BufReader::with_capacity(limits::TLS_READ, tcp);
+    let mut tls = match timeout(limits::TLS_HANDSHAKE, TlsAcceptor::from(settings).accept(tcp)).await {
+        Ok(Ok(tls)) => tls,
+        Ok(Err(error)) => {
+            return Err(AnswerError::Tls { reason: E::handshake_reason(&error), detail: error.to_string().into() });
+        }
+        Err(_) => return Err(AnswerError::Tls { reason: "timeout", detail: "no complete handshake came".into() }),
+    };
+    let session = tls.get_mut().1;
+    session.set_buffer_limit(Some(limits::TLS_WRITE));
+    let certificate = session.peer_certificates().and_then(|chain| chain.first());
+    let certificate = certificate.ok_or_else(|| AnswerError::Tls {
+        reason: "no_certificate_presented",
+        detail: "the client presented no certificate".into(),
+    })?;
+    let principal = E::peer_identity(certificate)
+        .map_err(|error| AnswerError::Tls { reason: error.reason(), detail: error.to_string().into() })?;
+    Ok((tls, Peer { client, local, principal, own, streams: AtomicUsize::new(0) }))
+}
+
+/// Takes streams until the connection ends. After `stop`, or when it is old, the peer is asked to open new ones elsewhere.
+async fn streams<E: Edge>(
+    pod: &Arc<Pod<E>>,
+    tls: TlsStream<BufReader<TcpStream>>,
+    peer: Arc<Peer>,
+) -> Result<(), AnswerError> {
+    let began = Instant::now();
+    let mut connection = match timeout(limits::FIRST_CONNECT, http2::server().handshake::<_, Bytes>(tls)).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => return Err(AnswerError::Http2(error.to_string().into())),
+        Err(_) => return Err(AnswerError::NoConnect),
+    };
+    let mut dead = pin!(http2::until_dead(connection.ping_pong()));
+    let mut timer = pin!(sleep_until(began + limits::FIRST_CONNECT));
+    let (mut first, mut leaving) = (true, false);
+    let mut last_used = began;
+    loop {
+        tokio::select! {
+            biased;
+            accepted = connection.accept() => match accepted {
+                Some(Ok((request, respond))) => {
+                    if first {
+                        first = false;
+                        timer.as_mut().reset(Instant::now() + limits::POOL_IDLE);
+                    }
+                    peer.streams.fetch_add(1, Ordering::AcqRel);
+                    let guard = Streaming(Arc::clone(&peer));
+                    let pod = Arc::clone(pod);
+                    tokio::spawn(async move { stream(&pod, &guard.0, request, respond).await });
+                }
+                Some(Err(error)) => {
+                    if first {
+                        return Err(AnswerError::Http2(error.to_string().into()));
+                    }
+                    tracing::debug!(peer = %peer.principal, %error, "Tunnel ended");
+                    return Ok(());
+                }
+                None => return Ok(()),
+            },
+            () = &mut dead => {
+                tracing::debug!(peer = %peer.principal, "Tunnel ended: the peer does not answer pings");
+                return Ok(());
+            }
+            () = timer.as_mut() => {
+                if first {
+                    return Err(AnswerError::NoConnect);
+                }
+                let now = Instant::now();
+                timer.as_mut().reset(now + limits::POOL_IDLE);
+                if peer.streams.load(Ordering::Acquire) > 0 {
+                    last_used = now;
+                }
+                // The offering side closes idle connections first; twice its time is for one that does not.
+                let idle = now.duration_since(last_used) > limits::POOL_IDLE * 2;
+                if !leaving && (idle || now.duration_since(began) > limits::TUNNEL_AGE_ANSWER) {
+                    leaving = true;
+                    connection.graceful_shutdown();
+                }
+            }
+            () = pod.stop.cancelled(), if !leaving => {
+                leaving = true;
+                // A peer that never asked for anything is not waited for once the pod is leaving.
+                first = false;
+                timer.as_mut().reset(Instant::now() + limits::POOL_IDLE);
+                connection.graceful_shutdown();
+            }
+        }
+    }
+}
+
+/// Counts a stream while its task lives.
+struct Streaming(Arc<Peer>);
+
+impl Drop for Streaming {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Serves one CONNECT, to its end.
+async fn stream<E: Edge>(
+    pod: &Pod<E>,
+    peer: &Peer,
+    request: Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+) {
+    let snapshot = pod.shared.cluster.load();
+    let destination = pod.record(&snapshot);
+    let header = |name| request.headers().get(name).and_then(|value| value.to_str().ok());
+    let mut flow = Flow {
+        direction: Direction::Inbound,
+        security: Security::MutualTls,
+        source: peer.client,
+        destination: peer.local,
+        hbone_target: None,
+        // An address is a workload only if TLS says so too: addresses are used again.
+        source_workload: workload_at(&snapshot, peer.client.ip())
+            .filter(|workload| pod.identity(workload).is_ok_and(|identity| identity == peer.principal))
+            .cloned(),
+        source_principal: Some(peer.principal.clone()),
+        destination_service: meant_service(&snapshot, header("forwarded"), &destination),
+        destination_workload: Some(Arc::clone(&destination)),
+        destination_principal: Some(peer.own.clone()),
+        trace_id: header("traceparent").and_then(trace_id).unwrap_or_default(),
+    };
+    drop(snapshot);
+    let budget = pod.admit();
+    let asked = asked(&request, peer.local).and_then(|app| match &budget {
+        Some(_) => Ok(app),
+        None => Err(AnswerError::PodBudget),
+    });
+    let app = match asked {
+        Ok(app) => app,
+        Err(error) => {
+            refuse(&mut respond, &error);
+            return pod.failed(&flow, &failed(&error));
+        }
+    };
+    flow.hbone_target = Some(app);
+    let question = policy::Request {
+        principal: Some(peer.principal.clone()),
+        source_ip: peer.client.ip(),
+        destination,
+        destination_ip: app.ip(),
+        destination_port: app.port(),
+    };
+    let mut carried = Carried::register(&pod.shared.registry, &pod.shared.observer, flow, Some(question));
+    let delivered = tokio::select! {
+        biased;
+        () = carried.cancel.cancelled() => {
+            let end = carried.cancelled();
+            let status = match &end {
+                super::End::Denied(_) => StatusCode::UNAUTHORIZED,
+                _ => StatusCode::SERVICE_UNAVAILABLE,
+            };
+            answer(&mut respond, status);
+            return carried.end(&end);
+        }
+        delivered = admit(pod, &carried, peer.client, app) => delivered,
+        // The client no longer waits: no connection to the app is left behind for it.
+        _ = std::future::poll_fn(|cx| respond.poll_reset(cx)) => Err(AnswerError::ClientGone),
+    };
+    match delivered.and_then(|tcp| accept(&mut respond).map(|send| (tcp, send))) {
+        Ok((tcp, send)) => {
+            carried.open();
+            let counters = Counters { from_near: &carried.received, to_near: &carried.sent };
+            let receive = request.into_body();
+            let result = relay::tunnel(tcp, send, receive, counters, &carried.cancel, None).await;
+            let end = ended(&carried, result, true);
+            carried.end(&end);
+        }
+        Err(error) => {
+            refuse(&mut respond, &error);
+            carried.end(&failed(&error));
+        }
+    }
+}
+
+fn asked(request: &Request<RecvStream>, local: SocketAddr) -> Result<SocketAddr, AnswerError> {
+    // An extended CONNECT (RFC 8441) is no HBONE, and h2 refuses it: it was not announced.
+    if request.method() != Method::CONNECT {
+        return Err(AnswerError::Method);
+    }
+    let authority = request.uri().authority().map(http::uri::Authority::as_str).unwrap_or_default();
+    Ok(target(authority, local.ip())?)
+}
+
+async fn admit<E: Edge>(
+    pod: &Pod<E>,
+    carried: &Carried,
+    client: SocketAddr,
+    app: SocketAddr,
+) -> Result<TcpStream, AnswerError> {
+    let permit = permit(pod, carried)?;
+    deliver(pod, permit, client, app).await
+}
+
+fn accept(respond: &mut SendResponse<Bytes>) -> Result<SendStream<Bytes>, AnswerError> {
+    respond.send_response(Response::new(()), false).map_err(|_| AnswerError::ClientGone)
+}
+
+fn refuse(respond: &mut SendResponse<Bytes>, error: &AnswerError) {
+    answer(respond, error.status());
+}
+
+fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode) {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    // A client that is gone needs no answer.
+    let _ = respond.send_response(response, true);
+}
+
+/// The trace id of a `traceparent` (W3C Trace Context §3.2), if it is one.
+fn trace_id(traceparent: &str) -> Option<String> {
+    let id = traceparent.split('-').nth(1)?;
+    let hex = id.len() == 32 && id.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    (hex && id.bytes().any(|b| b != b'0')).then(|| id.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_id_is_taken_only_from_a_traceparent() {
+        let id = "0af7651916cd43dd8448eb211c80319c";
+        assert_eq!(trace_id(&format!("00-{id}-b7ad6b7169203331-00")).as_deref(), Some(id));
+        for bad in ["", "00", "00-xyz-1-00", "00-00000000000000000000000000000000-b7ad6b7169203331-00", "00-0AF7651916CD43DD8448EB211C80319C-1-0"] {
+            assert_eq!(trace_id(bad), None, "{bad}");
+        }
+    }
+}

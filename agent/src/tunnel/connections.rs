@@ -1,0 +1,246 @@
+//! The connections that the agent carries right now: what telemetry reports, `heddle connections` lists, drain counts
+//! and a policy change closes.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    cluster::{Service, Workload},
+    identity::SpiffeId,
+    policy::{self, Rulebook},
+};
+
+/// Which side of the connection this agent is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Direction {
+    Inbound,
+    Outbound,
+}
+
+/// What protects the connection between the nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Security {
+    MutualTls,
+    None,
+}
+
+/// Everything known of a connection when it starts to carry bytes, or when it failed to.
+#[derive(Debug, Clone)]
+pub struct Flow {
+    pub direction: Direction,
+    pub security: Security,
+    /// The client's address.
+    pub source: SocketAddr,
+    /// What the client connected to, as this side sees it: outbound the original destination; inbound podIP:15008 for
+    /// HBONE and podIP:port for plaintext.
+    pub destination: SocketAddr,
+    /// The address inside the tunnel (`:authority`), where there is one.
+    pub hbone_target: Option<SocketAddr>,
+    pub source_workload: Option<Arc<Workload>>,
+    /// Proven by TLS, or on this node by the pod's own netns (outbound).
+    pub source_principal: Option<SpiffeId>,
+    pub destination_workload: Option<Arc<Workload>>,
+    pub destination_principal: Option<SpiffeId>,
+    pub destination_service: Option<Arc<Service>>,
+    /// Trace id of the tunnel (`traceparent`), 32 hex digits, empty for plaintext.
+    pub trace_id: String,
+}
+
+/// How a connection ended.
+#[derive(Debug, Clone)]
+pub enum End {
+    /// Both sides closed.
+    Complete,
+    /// It carried bytes and then broke, or never got so far. `reason` is stable; `response_flags` as in wire.md.
+    Failed { reason: &'static str, response_flags: &'static str, detail: String },
+    /// Policy said no, at the start or later.
+    Denied(policy::Denial),
+}
+
+/// A connection that the agent carries.
+#[derive(Debug)]
+pub struct Connection {
+    pub id: u64,
+    pub flow: Flow,
+    pub opened: Instant,
+    /// Bytes from the client towards the app.
+    pub sent: AtomicU64,
+    /// Bytes from the app towards the client.
+    pub received: AtomicU64,
+    /// What was asked of policy, for asking again; `None` on the source's side.
+    pub request: Option<policy::Request>,
+    /// Cancelled to close it at once. Why is in `revoked`.
+    pub cancel: CancellationToken,
+    /// Set before `cancel` when policy withdrew the permit.
+    pub revoked: std::sync::OnceLock<policy::Denial>,
+}
+
+impl Connection {
+    /// Bytes so far, client to app and app to client.
+    #[must_use]
+    pub fn bytes(&self) -> (u64, u64) {
+        (self.sent.load(Ordering::Relaxed), self.received.load(Ordering::Relaxed))
+    }
+}
+
+/// What telemetry does with connections; `tunnel` only tells.
+pub trait Observer: Send + Sync + std::fmt::Debug {
+    /// A connection starts to carry bytes. Live byte counts are read from the [`Registry`].
+    fn opened(&self, connection: &Connection);
+    /// It ended; counted bytes are final.
+    fn closed(&self, connection: &Connection, end: &End);
+    /// It ended before it carried a byte (no `opened` was told).
+    fn failed(&self, flow: &Flow, end: &End);
+    /// A TLS handshake: `Ok` or the stable reason.
+    fn handshake(&self, direction: Direction, result: Result<(), &'static str>);
+}
+
+/// All live connections. Cheap to clone; each stage sees the same set.
+#[derive(Debug, Clone, Default)]
+pub struct Registry {
+    inner: Arc<Inner>,
+}
+
+/// Parts of the registry, so that connections that open and close at once seldom meet on one lock.
+const SHARDS: usize = 16;
+
+#[derive(Debug, Default)]
+struct Inner {
+    next: AtomicU64,
+    shards: [Mutex<HashMap<u64, Arc<Connection>>>; SHARDS],
+}
+
+impl Registry {
+    /// Live connections, in no order.
+    #[must_use]
+    pub fn live(&self) -> Vec<Arc<Connection>> {
+        let mut live = Vec::new();
+        for shard in &self.inner.shards {
+            live.extend(shard.lock().unwrap_or_else(PoisonError::into_inner).values().cloned());
+        }
+        live
+    }
+
+    /// How many connections live.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.inner.shards.iter().map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner).len()).sum()
+    }
+
+    fn shard(&self, id: u64) -> MutexGuard<'_, HashMap<u64, Arc<Connection>>> {
+        let at = usize::try_from(id).unwrap_or_default() % SHARDS;
+        self.inner.shards[at].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connection's place in the registry. However its task ends, it leaves the registry and the observer is told.
+#[derive(Debug)]
+pub(super) struct Carried {
+    connection: Arc<Connection>,
+    registry: Registry,
+    observer: Arc<dyn Observer>,
+    stage: Stage,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Opening,
+    Open,
+    Ended,
+}
+
+impl Carried {
+    pub fn register(
+        registry: &Registry,
+        observer: &Arc<dyn Observer>,
+        flow: Flow,
+        request: Option<policy::Request>,
+    ) -> Self {
+        let id = registry.inner.next.fetch_add(1, Ordering::Relaxed);
+        let connection = Arc::new(Connection {
+            id,
+            flow,
+            opened: Instant::now(),
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            request,
+            cancel: CancellationToken::new(),
+            revoked: std::sync::OnceLock::new(),
+        });
+        registry.shard(id).insert(id, Arc::clone(&connection));
+        Self { connection, registry: registry.clone(), observer: Arc::clone(observer), stage: Stage::Opening }
+    }
+
+    /// It starts to carry bytes.
+    pub fn open(&mut self) {
+        if self.stage == Stage::Opening {
+            self.stage = Stage::Open;
+            self.observer.opened(&self.connection);
+        }
+    }
+
+    pub fn end(mut self, end: &End) {
+        self.finish(end);
+    }
+
+    /// How a connection ends that was cancelled: by policy, or by the agent's own end.
+    pub fn cancelled(&self) -> End {
+        match self.connection.revoked.get() {
+            Some(denial) => End::Denied(denial.clone()),
+            None => End::Failed { reason: "cancelled", response_flags: "-", detail: "closed by the agent".into() },
+        }
+    }
+
+    fn finish(&mut self, end: &End) {
+        self.registry.shard(self.connection.id).remove(&self.connection.id);
+        match self.stage {
+            Stage::Opening => self.observer.failed(&self.connection.flow, end),
+            Stage::Open => self.observer.closed(&self.connection, end),
+            Stage::Ended => {}
+        }
+        self.stage = Stage::Ended;
+    }
+}
+
+impl std::ops::Deref for Carried {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        &self.connection
+    }
+}
+
+impl Drop for Carried {
+    fn drop(&mut self) {
+        if self.stage != Stage::Ended {
+            let detail = "the connection's task ended before it".into();
+            self.finish(&End::Failed { reason: "aborted", response_flags: "-", detail });
+        }
+    }
+}
+
+/// Decides every live inbound connection again and closes those that are no longer allowed. Gives how many.
+///
+/// A connection is registered before it is first decided, so a change of the rules meets it either here or there.
+pub fn reconsider(registry: &Registry, rules: &Rulebook) -> usize {
+    let mut closed = 0;
+    for connection in registry.live() {
+        let Some(request) = &connection.request else { continue };
+        if let Err(denial) = policy::decide(rules, request)
+            && connection.revoked.set(denial).is_ok()
+        {
+            connection.cancel.cancel();
+            closed += 1;
+        }
+    }
+    closed
+}

@@ -1,0 +1,94 @@
+//! The edge of the tunnel: sockets and certificates, as the stages before it give them.
+//!
+//! One narrow trait, so that the tunnel runs in a test over loopback with certificates of its own. It adds nothing.
+
+use std::{
+    future::Future,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use rustls_pki_types::CertificateDer;
+use tokio::net::TcpStream;
+
+use crate::{
+    capture::{self, CaptureError, Occupied},
+    identity::{self, Certificates, IdentityError, SpiffeId, TrustDomain},
+};
+
+pub(super) trait Edge: Clone + Send + Sync + std::fmt::Debug + 'static {
+    /// Held while a captured plaintext connection lives.
+    type Occupied: Send;
+
+    fn is_probe(original_destination: SocketAddr, peer: SocketAddr) -> bool;
+    fn dial(
+        &self,
+        uid: &str,
+        source: IpAddr,
+        destination: SocketAddr,
+    ) -> impl Future<Output = Result<TcpStream, CaptureError>> + Send;
+    fn deliver(
+        &self,
+        uid: &str,
+        client: IpAddr,
+        app: SocketAddr,
+    ) -> impl Future<Output = Result<TcpStream, CaptureError>> + Send;
+    fn occupy(&self, uid: &str, client: SocketAddr, app: SocketAddr) -> Self::Occupied;
+
+    fn trust_domain(&self) -> &TrustDomain;
+    fn client(
+        &self,
+        own: &SpiffeId,
+        peer: &SpiffeId,
+    ) -> impl Future<Output = Result<Arc<rustls::ClientConfig>, IdentityError>> + Send;
+    fn server(&self, own: &SpiffeId) -> impl Future<Output = Result<Arc<rustls::ServerConfig>, IdentityError>> + Send;
+    fn peer_identity(certificate: &CertificateDer<'_>) -> Result<SpiffeId, IdentityError>;
+    fn handshake_reason(error: &std::io::Error) -> &'static str;
+}
+
+/// The real edge of this node.
+#[derive(Debug, Clone)]
+pub(super) struct Node {
+    pub capture: capture::Handle,
+    pub certificates: Certificates,
+}
+
+impl Edge for Node {
+    type Occupied = Occupied;
+
+    fn is_probe(original_destination: SocketAddr, peer: SocketAddr) -> bool {
+        capture::Handle::is_probe(original_destination, peer)
+    }
+
+    async fn dial(&self, uid: &str, source: IpAddr, destination: SocketAddr) -> Result<TcpStream, CaptureError> {
+        self.capture.dial(uid, source, destination).await
+    }
+
+    async fn deliver(&self, uid: &str, client: IpAddr, app: SocketAddr) -> Result<TcpStream, CaptureError> {
+        Ok(self.capture.deliver(uid, client, app).await?.stream)
+    }
+
+    fn occupy(&self, uid: &str, client: SocketAddr, app: SocketAddr) -> Occupied {
+        self.capture.occupy(uid, client, app)
+    }
+
+    fn trust_domain(&self) -> &TrustDomain {
+        self.certificates.trust_domain()
+    }
+
+    async fn client(&self, own: &SpiffeId, peer: &SpiffeId) -> Result<Arc<rustls::ClientConfig>, IdentityError> {
+        self.certificates.client(own, peer).await
+    }
+
+    async fn server(&self, own: &SpiffeId) -> Result<Arc<rustls::ServerConfig>, IdentityError> {
+        self.certificates.server(own).await
+    }
+
+    fn peer_identity(certificate: &CertificateDer<'_>) -> Result<SpiffeId, IdentityError> {
+        identity::peer_identity(certificate)
+    }
+
+    fn handshake_reason(error: &std::io::Error) -> &'static str {
+        identity::handshake_reason(error)
+    }
+}

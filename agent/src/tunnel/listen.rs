@@ -1,0 +1,188 @@
+//! Takes a pod's connections from its listener and gives each a task of its own.
+//!
+//! What a task does, or how it dies, touches no other. A listener that can't accept waits, longer each time, instead of
+//! spinning; what exceeds the pod's budget is reset at once.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    io::AsyncWriteExt,
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
+
+use super::{
+    Direction, End, Flow, Security, answer,
+    classify::{Arrival, canonical, classify},
+    edge::Edge,
+    offer,
+    pod::{Pod, workload_at},
+    relay,
+};
+use crate::life::limits;
+
+/// Accepts until the pod's `stop`, then takes what the kernel has already queued, and returns.
+pub(super) async fn serve<E: Edge>(pod: Arc<Pod<E>>, listener: std::net::TcpListener) {
+    let listener = match listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener)) {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(pod = %pod.uid(), %error, "Listener can't be served");
+            return;
+        }
+    };
+    let mut view = pod.shared.cluster.clone();
+    let mut snapshots_end = false;
+    let mut trouble = Trouble::default();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((tcp, peer)) => {
+                    trouble.over();
+                    take(&pod, tcp, peer, &mut trouble);
+                }
+                Err(error) => {
+                    let pause = trouble.accept(&pod, &error);
+                    tokio::select! {
+                        () = tokio::time::sleep(pause) => {}
+                        () = pod.stop.cancelled() => {}
+                    }
+                }
+            },
+            snapshot = view.next(), if !snapshots_end => match snapshot {
+                Some(snapshot) => pod.pool.retain(|key| {
+                    // Kept as long as the address is still that workload's, by uid and by identity.
+                    workload_at(&snapshot, key.address.ip()).is_some_and(|workload| {
+                        workload.uid == key.uid && pod.identity(workload).is_ok_and(|identity| identity == key.peer)
+                    })
+                }),
+                None => snapshots_end = true,
+            },
+            () = pod.stop.cancelled() => break,
+        }
+    }
+    // Connections whose handshake the kernel has finished would be reset with the listener.
+    for _ in 0..limits::LISTEN_BACKLOG {
+        match tokio::time::timeout(Duration::ZERO, listener.accept()).await {
+            Ok(Ok((tcp, peer))) => take(&pod, tcp, peer, &mut trouble),
+            _ => break,
+        }
+    }
+}
+
+fn take<E: Edge>(pod: &Arc<Pod<E>>, tcp: TcpStream, peer: SocketAddr, trouble: &mut Trouble) {
+    let Ok(local) = tcp.local_addr() else {
+        return relay::reset(tcp);
+    };
+    let (local, peer) = (canonical(local), canonical(peer));
+    let snapshot = pod.shared.cluster.load();
+    let record = pod.record(&snapshot);
+    let arrival = classify(local, peer, &record.addresses, E::is_probe);
+    if arrival == Arrival::Probe {
+        let token = pod.token.0;
+        tokio::spawn(async move { timeout(limits::PROBE, answer_probe(tcp, token)).await });
+        return;
+    }
+    if arrival == Arrival::Stray {
+        trouble.log(pod, || format!("connection from {peer} to {local} is neither to nor from the pod: reset"));
+        return relay::reset(tcp);
+    }
+    let Some(budget) = pod.admit() else {
+        pod.refused.fetch_add(1, Ordering::Relaxed);
+        trouble.log(pod, || format!("connection from {peer} to {local} is beyond the pod's budget: reset"));
+        let flow = unadmitted(arrival, local, peer);
+        let detail = format!("the pod holds {} connections", limits::CONNECTIONS_PER_POD);
+        pod.failed(&flow, &End::Failed { reason: "pod_budget", response_flags: "-", detail });
+        return relay::reset(tcp);
+    };
+    // Without it small answers wait for a delayed acknowledgement. A socket that refuses it is broken, and says so when used.
+    let _ = tcp.set_nodelay(true);
+    let pod = Arc::clone(pod);
+    tokio::spawn(async move {
+        let _budget = budget;
+        match arrival {
+            Arrival::Outbound { destination } => offer::carry(&pod, tcp, peer, destination).await,
+            Arrival::Hbone => answer::hbone(pod, tcp, peer, local).await,
+            Arrival::Plaintext { app } => answer::plaintext(&pod, tcp, peer, app).await,
+            Arrival::Probe | Arrival::Stray => {}
+        }
+    });
+}
+
+async fn answer_probe(mut tcp: TcpStream, token: [u8; 16]) -> io::Result<()> {
+    tcp.write_all(&token).await?;
+    tcp.shutdown().await
+}
+
+/// The little that is told of a connection that was not let in.
+fn unadmitted(arrival: Arrival, local: SocketAddr, peer: SocketAddr) -> Flow {
+    let outbound = matches!(arrival, Arrival::Outbound { .. });
+    Flow {
+        direction: if outbound { Direction::Outbound } else { Direction::Inbound },
+        security: Security::None,
+        source: peer,
+        destination: local,
+        hbone_target: None,
+        source_workload: None,
+        source_principal: None,
+        destination_workload: None,
+        destination_principal: None,
+        destination_service: None,
+        trace_id: String::new(),
+    }
+}
+
+/// Trouble at the listener: how long to pause, and what to log, once in a while.
+#[derive(Debug, Default)]
+struct Trouble {
+    pause: Duration,
+    logged: Option<Instant>,
+    unlogged: u64,
+}
+
+impl Trouble {
+    fn over(&mut self) {
+        self.pause = Duration::ZERO;
+    }
+
+    fn accept<E: Edge>(&mut self, pod: &Pod<E>, error: &io::Error) -> Duration {
+        self.log(pod, || format!("accept failed: {error}"));
+        self.longer()
+    }
+
+    /// The next pause: twice the last.
+    fn longer(&mut self) -> Duration {
+        self.pause = (self.pause * 2).clamp(limits::ACCEPT_PAUSE_MIN, limits::ACCEPT_PAUSE_MAX);
+        self.pause
+    }
+
+    fn log<E: Edge>(&mut self, pod: &Pod<E>, message: impl FnOnce() -> String) {
+        if self.logged.is_some_and(|at| at.elapsed() < limits::ACCEPT_LOG) {
+            self.unlogged += 1;
+            return;
+        }
+        tracing::warn!(pod = %pod.uid(), unlogged = self.unlogged, "{}", message());
+        self.logged = Some(Instant::now());
+        self.unlogged = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn accept_pauses_double_up_to_the_cap_and_start_again_when_over() {
+        let mut trouble = Trouble::default();
+        let pauses: Vec<Duration> = (0..12).map(|_| trouble.longer()).collect();
+        assert_eq!(pauses.first(), Some(&limits::ACCEPT_PAUSE_MIN));
+        assert!(pauses.windows(2).all(|pair| pair[1] == (pair[0] * 2).min(limits::ACCEPT_PAUSE_MAX)));
+        assert_eq!(pauses.last(), Some(&limits::ACCEPT_PAUSE_MAX));
+        trouble.over();
+        assert_eq!(trouble.longer(), limits::ACCEPT_PAUSE_MIN);
+    }
+}

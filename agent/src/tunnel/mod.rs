@@ -1,0 +1,47 @@
+//! HBONE both ways: `offer` carries a captured outbound connection to its destination, `answer` takes one in and, with a
+//! permit from policy, delivers it to the app.
+//!
+//! ```text
+//! listen → classify → offer  (route → balance → pool → CONNECT) ┐
+//!                   └ answer (TLS → target → policy → deliver)  ┴→ relay
+//! ```
+//!
+//! Between policy and the app or the wire. It never forwards without a [`crate::policy::Permit`] at the destination, and never
+//! waits on a peer without a deadline.
+
+mod answer;
+mod classify;
+mod connections;
+mod context;
+mod edge;
+mod http2;
+mod listen;
+mod offer;
+mod pod;
+mod relay;
+
+#[cfg(test)]
+mod tests;
+
+pub use connections::{Connection, Direction, End, Flow, Observer, Registry, Security, reconsider};
+pub use context::Context;
+
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::{capture::Attached, cluster::Workload};
+
+/// Serves one enrolled pod's listener until `stop` (no new connections from then on; carried ones go on until they end
+/// or `Registry` cancels them; peers are asked to open new streams elsewhere).
+pub async fn serve(context: Context, pod: Arc<Workload>, attached: Attached, stop: CancellationToken) {
+    let edge = edge::Node { capture: context.capture.clone(), certificates: context.certificates.clone() };
+    let shared = pod::Shared {
+        cluster: context.cluster,
+        rules: context.rules,
+        registry: context.registry,
+        observer: context.observer,
+        cluster_id: context.cluster_id,
+    };
+    listen::serve(Arc::new(pod::Pod::new(edge, shared, pod, attached.token, stop)), attached.listener).await;
+}

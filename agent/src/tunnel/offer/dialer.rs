@@ -1,0 +1,71 @@
+//! Makes one authenticated connection to a peer: TCP from the pod's netns, TLS as the pod, to exactly the workload meant.
+
+use std::{future::Future, io, net::SocketAddr, sync::Arc};
+
+use rustls_pki_types::ServerName;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, BufReader},
+    net::TcpStream,
+    time::timeout,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use super::{error::OfferError, pool::Key};
+use crate::{
+    life::limits,
+    tunnel::{Direction, Observer, edge::Edge},
+};
+
+/// How the pool gets a connection.
+pub(crate) trait Connector: Clone + Send + Sync + 'static {
+    type Io: AsyncRead + AsyncWrite + Send + Unpin + 'static;
+
+    fn connect(&self, key: &Key) -> impl Future<Output = Result<Self::Io, OfferError>> + Send;
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Dialer<E> {
+    pub edge: E,
+    pub observer: Arc<dyn Observer>,
+}
+
+impl<E: Edge> Connector for Dialer<E> {
+    /// The buffer makes one large read of what rustls would ask for in steps of 4 KiB.
+    type Io = TlsStream<BufReader<TcpStream>>;
+
+    async fn connect(&self, key: &Key) -> Result<Self::Io, OfferError> {
+        // Bounded by `Certificates` itself: it waits for a first certificate as long as limits::HOLD.
+        let settings = self.edge.client(&key.own, &key.peer).await.map_err(|error| OfferError::Identity {
+            reason: error.reason(),
+            detail: error.to_string().into(),
+        })?;
+        let tcp = match timeout(limits::CONNECT_PEER, self.edge.dial(&key.pod, key.source, key.address)).await {
+            Ok(Ok(tcp)) => tcp,
+            Ok(Err(error)) => {
+                return Err(OfferError::Dial { reason: error.reason(), detail: error.to_string().into() });
+            }
+            Err(_) => return Err(OfferError::TunnelTimeout),
+        };
+        let (reason, detail) = match timeout(limits::TLS_HANDSHAKE, handshake(settings, tcp, key.address)).await {
+            Ok(Ok(tls)) => {
+                self.observer.handshake(Direction::Outbound, Ok(()));
+                return Ok(tls);
+            }
+            Ok(Err(error)) => (E::handshake_reason(&error), error.to_string()),
+            Err(_) => ("timeout", "the peer did not answer in time".to_owned()),
+        };
+        self.observer.handshake(Direction::Outbound, Err(reason));
+        Err(OfferError::Tls { reason, detail: detail.into() })
+    }
+}
+
+async fn handshake(
+    settings: Arc<rustls::ClientConfig>,
+    tcp: TcpStream,
+    peer: SocketAddr,
+) -> io::Result<TlsStream<BufReader<TcpStream>>> {
+    let tcp = BufReader::with_capacity(limits::TLS_READ, tcp);
+    let mut tls = TlsConnector::from(settings).connect(ServerName::from(peer.ip()), tcp).await?;
+    tls.get_mut().1.set_buffer_limit(Some(limits::TLS_WRITE));
+    Ok(tls)
+}

@@ -1,0 +1,210 @@
+//! Where a captured connection may go, from one snapshot. Pure.
+//!
+//! What the mesh does not know is never passed through: a Service without an endpoint fails, an unknown address waits.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use super::error::OfferError;
+use crate::{
+    cluster::{Service, Snapshot, Workload},
+    tunnel::pod::workload_at,
+};
+
+/// One endpoint that can be tried.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Candidate {
+    pub address: SocketAddr,
+    pub workload: Option<Arc<Workload>>,
+    pub transport: Transport,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Transport {
+    /// HBONE to the workload.
+    Tunnel,
+    /// As the pod itself would: the endpoint is not enrolled, or is the pod itself.
+    Plain,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Route {
+    pub service: Option<Arc<Service>>,
+    /// At least one.
+    pub candidates: Vec<Candidate>,
+}
+
+/// Every endpoint that `source` may be connected to for `destination`.
+///
+/// # Errors
+/// [`OfferError::DestinationUnknown`] when the snapshot has neither a Service nor a pod of that address;
+/// [`OfferError::NoSuchPort`], [`OfferError::NoHealthyUpstream`] of a Service.
+pub(crate) fn route(snapshot: &Snapshot, source: &Workload, destination: SocketAddr) -> Result<Route, OfferError> {
+    if let Some(service) = snapshot.by_cluster_address.get(&destination.ip()) {
+        let candidates = endpoints(snapshot, source, service, destination)?;
+        return Ok(Route { service: Some(Arc::clone(service)), candidates });
+    }
+    let workload = workload_at(snapshot, destination.ip()).ok_or(OfferError::DestinationUnknown)?;
+    Ok(Route { service: None, candidates: vec![candidate(source, destination, Some(workload))] })
+}
+
+fn endpoints(
+    snapshot: &Snapshot,
+    source: &Workload,
+    service: &Service,
+    destination: SocketAddr,
+) -> Result<Vec<Candidate>, OfferError> {
+    let port = service
+        .ports
+        .iter()
+        .find(|port| port.port == destination.port())
+        .ok_or_else(|| OfferError::NoSuchPort(Arc::clone(&service.hostname)))?;
+    let mut candidates: Vec<Candidate> = service
+        .endpoints
+        .iter()
+        .filter(|endpoint| endpoint.ready && !endpoint.terminating)
+        .filter_map(|endpoint| {
+            let address = SocketAddr::new(endpoint.address, *endpoint.ports.get(&port.name)?);
+            let workload = workload_at(snapshot, endpoint.address);
+            // The pod's own record may know of its end before the slice does.
+            let ends = workload.is_some_and(|workload| workload.terminating);
+            (!ends).then(|| candidate(source, address, workload))
+        })
+        .collect();
+    // A dual-stack Service has endpoints of both families; the client asked for one of them.
+    if candidates.iter().any(|candidate| same_family(candidate.address.ip(), destination.ip())) {
+        candidates.retain(|candidate| same_family(candidate.address.ip(), destination.ip()));
+    }
+    if candidates.is_empty() {
+        return Err(OfferError::NoHealthyUpstream(Arc::clone(&service.hostname)));
+    }
+    Ok(candidates)
+}
+
+fn candidate(source: &Workload, address: SocketAddr, workload: Option<&Arc<Workload>>) -> Candidate {
+    let tunnel = workload.is_some_and(|workload| workload.enrolled && workload.uid != source.uid);
+    let transport = if tunnel { Transport::Tunnel } else { Transport::Plain };
+    Candidate { address, workload: workload.cloned(), transport }
+}
+
+pub(crate) fn same_family(one: IpAddr, other: IpAddr) -> bool {
+    one.is_ipv4() == other.is_ipv4()
+}
+
+/// The address that the connection to `target` comes from: the client's own where the family allows it.
+pub(crate) fn source_address(client: IpAddr, own: &[IpAddr], target: IpAddr) -> Result<IpAddr, OfferError> {
+    if same_family(client, target) {
+        return Ok(client);
+    }
+    own.iter().copied().find(|address| same_family(*address, target)).ok_or(OfferError::NoSourceAddress)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::{
+        cluster::{Endpoint, ServicePort},
+        tunnel::tests::{snapshot, workload},
+    };
+
+    fn endpoint(address: &str, ready: bool, terminating: bool) -> Endpoint {
+        Endpoint {
+            address: address.parse().unwrap(),
+            ports: BTreeMap::from([("http".into(), 8080)]),
+            ready,
+            terminating,
+            node: "n".into(),
+            zone: "".into(),
+        }
+    }
+
+    fn service(endpoints: Vec<Endpoint>) -> Service {
+        Service {
+            name: "web".into(),
+            namespace: "shop".into(),
+            hostname: "web.shop.svc.cluster.local".into(),
+            cluster_addresses: vec!["10.96.0.1".parse().unwrap(), "fd96::1".parse().unwrap()],
+            ports: vec![
+                ServicePort { name: "http".into(), port: 80 },
+                ServicePort { name: "admin".into(), port: 81 },
+            ],
+            endpoints,
+        }
+    }
+
+    fn targets(route: &Route) -> Vec<(String, Transport)> {
+        route.candidates.iter().map(|c| (c.address.to_string(), c.transport)).collect()
+    }
+
+    #[test]
+    fn a_service_is_its_ready_endpoints_of_the_family_asked_for() {
+        let source = workload("a", &["10.0.0.1", "fd00::1"], true);
+        let pods = [
+            source.clone(),
+            workload("b", &["10.0.0.2", "fd00::2"], true),
+            workload("c", &["10.0.0.3"], true),
+            workload("plain", &["10.0.0.4"], false),
+        ];
+        let service = service(vec![
+            endpoint("10.0.0.2", true, false),
+            endpoint("fd00::2", true, false),
+            endpoint("10.0.0.3", false, false),
+            endpoint("10.0.0.4", true, false),
+            endpoint("10.0.0.1", true, false),
+            endpoint("192.168.7.7", true, false),
+            endpoint("10.0.0.5", true, true),
+        ]);
+        let snapshot = snapshot(&pods, &[service]);
+        let four = route(&snapshot, &source, "10.96.0.1:80".parse().unwrap()).unwrap();
+        assert_eq!(
+            targets(&four),
+            [
+                ("10.0.0.2:8080".into(), Transport::Tunnel),
+                ("10.0.0.4:8080".into(), Transport::Plain),
+                ("10.0.0.1:8080".into(), Transport::Plain),
+                ("192.168.7.7:8080".into(), Transport::Plain),
+            ]
+        );
+        let six = route(&snapshot, &source, "[fd96::1]:80".parse().unwrap()).unwrap();
+        assert_eq!(targets(&six), [("[fd00::2]:8080".into(), Transport::Tunnel)]);
+    }
+
+    #[test]
+    fn another_family_is_better_than_none() {
+        let source = workload("a", &["10.0.0.1", "fd00::1"], true);
+        let b = workload("b", &["10.0.0.2"], true);
+        let snapshot = snapshot(&[source.clone(), b], &[service(vec![endpoint("10.0.0.2", true, false)])]);
+        let six = route(&snapshot, &source, "[fd96::1]:80".parse().unwrap()).unwrap();
+        assert_eq!(targets(&six), [("10.0.0.2:8080".into(), Transport::Tunnel)]);
+        let from = source_address("fd00::1".parse().unwrap(), &source.addresses, "10.0.0.2".parse().unwrap());
+        assert_eq!(from.unwrap(), "10.0.0.1".parse::<IpAddr>().unwrap());
+    }
+
+    #[test]
+    fn a_service_without_an_endpoint_fails_and_never_passes_through() {
+        let source = workload("a", &["10.0.0.1"], true);
+        let mut ending = Workload::clone(&workload("b", &["10.0.0.2"], true));
+        ending.terminating = true;
+        let snapshot =
+            snapshot(&[source.clone(), Arc::new(ending)], &[service(vec![endpoint("10.0.0.2", true, false)])]);
+        let reason = |to: &str| route(&snapshot, &source, to.parse().unwrap()).unwrap_err().reason();
+        assert_eq!(reason("10.96.0.1:80"), "no_healthy_upstream", "the only endpoint is terminating");
+        assert_eq!(reason("10.96.0.1:81"), "no_healthy_upstream", "no endpoint has the port");
+        assert_eq!(reason("10.96.0.1:82"), "no_such_port");
+        assert_eq!(reason("10.9.9.9:80"), "destination_unknown");
+    }
+
+    #[test]
+    fn a_pod_address_is_that_pod() {
+        let source = workload("a", &["10.0.0.1"], true);
+        let b = workload("b", &["10.0.0.2"], true);
+        let snapshot = snapshot(&[source.clone(), b.clone()], &[]);
+        let found = route(&snapshot, &source, "10.0.0.2:5432".parse().unwrap()).unwrap();
+        assert_eq!(found.candidates.first().unwrap().workload, Some(b));
+        assert_eq!(targets(&found), [("10.0.0.2:5432".into(), Transport::Tunnel)]);
+    }
+}

@@ -1,0 +1,45 @@
+//! The tunnel over loopback: two pods with real listeners, real mutual TLS and HTTP/2, and an app; only capture is not there.
+
+mod carry;
+mod world;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use crate::cluster::{Naming, Service, Snapshot, Unattended, Workload};
+
+pub(super) fn workload(name: &str, addresses: &[&str], enrolled: bool) -> Arc<Workload> {
+    Arc::new(Workload {
+        uid: format!("uid-{name}").into(),
+        name: name.into(),
+        namespace: "default".into(),
+        service_account: name.into(),
+        node: "n".into(),
+        addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
+        labels: BTreeMap::new(),
+        enrolled,
+        host_network: false,
+        ready: true,
+        terminating: false,
+        when_unattended: Unattended::Closed,
+        naming: Naming::default(),
+        place: None,
+    })
+}
+
+pub(super) fn snapshot(workloads: &[Arc<Workload>], services: &[Service]) -> Snapshot {
+    let services: Vec<Arc<Service>> = services.iter().cloned().map(Arc::new).collect();
+    Snapshot {
+        workloads: workloads.iter().map(|w| (w.uid.clone(), w.clone())).collect(),
+        by_address: workloads.iter().flat_map(|w| w.addresses.iter().map(|a| (*a, w.clone()))).collect(),
+        by_cluster_address: services
+            .iter()
+            .flat_map(|s| s.cluster_addresses.iter().map(|a| (*a, s.clone())))
+            .collect::<HashMap<_, _>>(),
+        services: services.iter().map(|s| (format!("{}/{}", s.namespace, s.name).into(), s.clone())).collect(),
+        root_namespace: "istio-system".into(),
+        ..Snapshot::default()
+    }
+}

@@ -1,0 +1,324 @@
+//! Two pods on loopback addresses of their own, served as on a node.
+//!
+//! `sk_lookup` hands a pod's connections to its listener whatever their destination; here a listener is bound to each
+//! destination that a test uses. The app listens at its port plus 10,000, because the listener has the true one.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU16, Ordering},
+    },
+};
+
+use arc_swap::ArcSwap;
+use rcgen::{
+    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+};
+use rustls::{RootCertStore, server::WebPkiClientVerifier};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use tokio::{
+    net::{TcpListener, TcpSocket, TcpStream},
+    sync::watch,
+};
+use tokio_util::sync::CancellationToken;
+use x509_parser::{extensions::GeneralName, prelude::*};
+
+use super::{snapshot, workload};
+use crate::{
+    capture::{CaptureError, ProbeToken},
+    cluster::{Service, Snapshot, View, Workload},
+    identity::{IdentityError, SpiffeId, TrustDomain},
+    policy::Rulebook,
+    tunnel::{
+        Connection, Direction, End, Flow, Observer, Registry,
+        edge::Edge,
+        listen,
+        pod::{Pod, Shared},
+    },
+};
+
+pub const PORT: u16 = 8_080;
+const APP: u16 = 10_000;
+
+/// A third octet that no other test of this process uses.
+fn subnet() -> [u8; 2] {
+    static NEXT: AtomicU16 = AtomicU16::new(1);
+    (NEXT.fetch_add(1, Ordering::Relaxed)).to_be_bytes()
+}
+
+#[derive(Debug)]
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    root: CertificateDer<'static>,
+}
+
+impl Authority {
+    pub fn new() -> Arc<Self> {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let key = KeyPair::generate().unwrap();
+        let root = params.self_signed(&key).unwrap().der().clone();
+        Arc::new(Self { issuer: Issuer::new(params, key), root })
+    }
+
+    fn roots(&self) -> Arc<RootCertStore> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.root.clone()).unwrap();
+        Arc::new(roots)
+    }
+
+    fn leaf(&self, id: &SpiffeId, address: IpAddr) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.subject_alt_names =
+            vec![SanType::URI(id.as_str().try_into().unwrap()), SanType::IpAddress(address)];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        (vec![certificate.der().clone()], PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())))
+    }
+}
+
+/// Sockets and certificates without a kernel's help.
+#[derive(Debug, Clone)]
+pub struct Loopback {
+    trust_domain: TrustDomain,
+    client: Arc<rustls::ClientConfig>,
+    server: Arc<rustls::ServerConfig>,
+    /// Client addresses that delivery was asked for.
+    pub delivered_for: Arc<Mutex<Vec<(IpAddr, SocketAddr)>>>,
+}
+
+impl Loopback {
+    pub fn new(authority: &Authority, trusted: &Authority, name: &str, address: IpAddr) -> Self {
+        let trust_domain: TrustDomain = "cluster.local".parse().unwrap();
+        let id = SpiffeId::new(&trust_domain, "default", name).unwrap();
+        let (chain, key) = authority.leaf(&id, address);
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let versions = &[&rustls::version::TLS13];
+        let mut client = rustls::ClientConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(versions)
+            .unwrap()
+            .with_root_certificates(trusted.roots())
+            .with_client_auth_cert(chain.clone(), key.clone_key())
+            .unwrap();
+        client.alpn_protocols = vec![b"h2".to_vec()];
+        let verifier =
+            WebPkiClientVerifier::builder_with_provider(trusted.roots(), provider.clone()).build().unwrap();
+        let mut server = rustls::ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(versions)
+            .unwrap()
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(chain, key)
+            .unwrap();
+        server.alpn_protocols = vec![b"h2".to_vec()];
+        Self { trust_domain, client: Arc::new(client), server: Arc::new(server), delivered_for: Arc::default() }
+    }
+
+    pub fn tls(&self) -> Arc<rustls::ClientConfig> {
+        self.client.clone()
+    }
+}
+
+async fn dial(source: IpAddr, destination: SocketAddr) -> std::io::Result<TcpStream> {
+    let socket = TcpSocket::new_v4()?;
+    socket.bind((source, 0).into())?;
+    socket.set_nodelay(true)?;
+    socket.connect(destination).await
+}
+
+impl Edge for Loopback {
+    type Occupied = ();
+
+    fn is_probe(_: SocketAddr, peer: SocketAddr) -> bool {
+        peer.ip() == IpAddr::V4(Ipv4Addr::LOCALHOST)
+    }
+
+    async fn dial(&self, uid: &str, source: IpAddr, destination: SocketAddr) -> Result<TcpStream, CaptureError> {
+        dial(source, destination).await.map_err(|_| CaptureError::NotAttached(uid.into()))
+    }
+
+    async fn deliver(&self, uid: &str, client: IpAddr, app: SocketAddr) -> Result<TcpStream, CaptureError> {
+        self.delivered_for.lock().unwrap().push((client, app));
+        let app = SocketAddr::new(app.ip(), app.port() + APP);
+        dial(client, app).await.map_err(|_| CaptureError::NotAttached(uid.into()))
+    }
+
+    fn occupy(&self, _: &str, _: SocketAddr, _: SocketAddr) {}
+
+    fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    async fn client(&self, _: &SpiffeId, _: &SpiffeId) -> Result<Arc<rustls::ClientConfig>, IdentityError> {
+        Ok(self.client.clone())
+    }
+
+    async fn server(&self, _: &SpiffeId) -> Result<Arc<rustls::ServerConfig>, IdentityError> {
+        Ok(self.server.clone())
+    }
+
+    fn peer_identity(certificate: &CertificateDer<'_>) -> Result<SpiffeId, IdentityError> {
+        let (_, parsed) = X509Certificate::from_der(certificate).unwrap();
+        let names = parsed.subject_alternative_name().unwrap().unwrap();
+        let uri = names.value.general_names.iter().find_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        });
+        Ok(uri.unwrap().parse().unwrap())
+    }
+
+    fn handshake_reason(error: &std::io::Error) -> &'static str {
+        if error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) { "other" } else { "io" }
+    }
+}
+
+/// What was told.
+#[derive(Debug, Clone)]
+pub struct Told {
+    pub flow: Flow,
+    pub bytes: (u64, u64),
+    pub end: End,
+    pub opened: bool,
+}
+
+#[derive(Debug, Default)]
+pub struct Record {
+    pub told: Mutex<Vec<Told>>,
+    pub opened: Mutex<u64>,
+    pub handshakes: Mutex<Vec<(Direction, Result<(), &'static str>)>>,
+}
+
+impl Observer for Record {
+    fn opened(&self, _: &Connection) {
+        *self.opened.lock().unwrap() += 1;
+    }
+
+    fn closed(&self, connection: &Connection, end: &End) {
+        let (flow, bytes) = (connection.flow.clone(), connection.bytes());
+        self.told.lock().unwrap().push(Told { flow, bytes, end: end.clone(), opened: true });
+    }
+
+    fn failed(&self, flow: &Flow, end: &End) {
+        self.told.lock().unwrap().push(Told { flow: flow.clone(), bytes: (0, 0), end: end.clone(), opened: false });
+    }
+
+    fn handshake(&self, direction: Direction, result: Result<(), &'static str>) {
+        self.handshakes.lock().unwrap().push((direction, result));
+    }
+}
+
+/// One pod and what is known of it.
+pub struct Served {
+    pub address: IpAddr,
+    pub record: Arc<Workload>,
+    pub pod: Arc<Pod<Loopback>>,
+    pub observer: Arc<Record>,
+    pub registry: Registry,
+    pub stop: CancellationToken,
+}
+
+impl Served {
+    /// Serves what comes to `address`, as the pod's listener would.
+    pub fn serve(&self, address: SocketAddr) {
+        let listener = std::net::TcpListener::bind(address).unwrap();
+        tokio::spawn(listen::serve(self.pod.clone(), listener));
+    }
+
+    /// Waits until `count` ends were told.
+    pub async fn told(&self, count: usize) -> Vec<Told> {
+        for _ in 0..500 {
+            let told = self.observer.told.lock().unwrap().clone();
+            if told.len() >= count {
+                return told;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        panic!("only {:?} were told", self.observer.told.lock().unwrap());
+    }
+}
+
+/// Client pod `a`, server pod `b`.
+pub struct World {
+    pub a: Served,
+    pub b: Served,
+    pub vip: SocketAddr,
+    pub rules: Arc<ArcSwap<Rulebook>>,
+    pub snapshots: watch::Sender<Arc<Snapshot>>,
+}
+
+impl World {
+    pub fn new() -> Self {
+        let authority = Authority::new();
+        Self::trusting(&authority, &authority)
+    }
+
+    /// `b` has its certificate from, and trusts, `other`.
+    pub fn trusting(authority: &Arc<Authority>, other: &Authority) -> Self {
+        let [high, low] = subnet();
+        let at = |host: u8| IpAddr::V4(Ipv4Addr::new(127, 100 + high, low, host));
+        let (a, b, vip) = (at(1), at(2), at(100));
+        let records = [workload("a", &[&a.to_string()], true), workload("b", &[&b.to_string()], true)];
+        let service = Service {
+            name: "web".into(),
+            namespace: "default".into(),
+            hostname: "web.default.svc.cluster.local".into(),
+            cluster_addresses: vec![vip],
+            ports: vec![crate::cluster::ServicePort { name: "".into(), port: PORT }],
+            endpoints: [(at(3), true), (b, true)]
+                .map(|(address, ready)| crate::cluster::Endpoint {
+                    address,
+                    ports: [("".into(), PORT)].into(),
+                    ready,
+                    terminating: false,
+                    node: "".into(),
+                    zone: "".into(),
+                })
+                .to_vec(),
+        };
+        let snapshot = snapshot(&records, &[service]);
+        let rules = Arc::new(ArcSwap::from_pointee(Rulebook::compile(&snapshot)));
+        let (snapshots, receiver) = watch::channel(Arc::new(snapshot));
+        let served = |record: &Arc<Workload>, edge: Loopback| {
+            let observer = Arc::new(Record::default());
+            let registry = Registry::default();
+            let stop = CancellationToken::new();
+            let shared = Shared {
+                cluster: View::new(receiver.clone()),
+                rules: rules.clone(),
+                registry: registry.clone(),
+                observer: observer.clone(),
+                cluster_id: "Kubernetes".into(),
+            };
+            let pod = Pod::new(edge, shared, record.clone(), ProbeToken([7; 16]), stop.clone());
+            let address = record.addresses[0];
+            Served { address, record: record.clone(), pod: Arc::new(pod), observer, registry, stop }
+        };
+        let world = Self {
+            a: served(&records[0], Loopback::new(authority, authority, "a", a)),
+            b: served(&records[1], Loopback::new(other, other, "b", b)),
+            vip: (vip, PORT).into(),
+            rules,
+            snapshots,
+        };
+        world.a.serve((b, PORT).into());
+        world.a.serve(world.vip);
+        world.b.serve((b, 15_008).into());
+        world
+    }
+
+    /// The app of `b`.
+    pub async fn app(&self) -> TcpListener {
+        TcpListener::bind((self.b.address, PORT + APP)).await.unwrap()
+    }
+
+    /// A connection of `a`'s app to `b`'s.
+    pub async fn client(&self) -> TcpStream {
+        self.client_to((self.b.address, PORT).into()).await
+    }
+
+    pub async fn client_to(&self, destination: SocketAddr) -> TcpStream {
+        dial(self.a.address, destination).await.unwrap()
+    }
+}
