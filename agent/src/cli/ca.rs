@@ -1,0 +1,92 @@
+//! `heddle ca`: runs the built-in certificate authority.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Context;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    identity::ca::{CaConfig, ROOT_LIFETIME, RootSource, serve},
+    life::{
+        config::{ConfigError, lifetime, listen, trust_domain},
+        log, start,
+    },
+    telemetry::Format,
+};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Address to answer on.
+    #[arg(long, env = "HEDDLE_CA_LISTEN", default_value = "[::]:15012", value_name = "ADDRESS")]
+    listen: String,
+    /// SPIFFE trust domain of the mesh.
+    #[arg(long, env = "HEDDLE_TRUST_DOMAIN", default_value = "cluster.local", value_name = "NAME")]
+    trust_domain: String,
+    /// Issuing certificate, and those above it (PEM). Without it a root is made in memory and ends with the process.
+    #[arg(long, env = "HEDDLE_CA_ROOT_CERTIFICATE", requires = "root_key", value_name = "FILE")]
+    root_certificate: Option<PathBuf>,
+    /// Its key (PEM).
+    #[arg(long, env = "HEDDLE_CA_ROOT_KEY", requires = "root_certificate", value_name = "FILE")]
+    root_key: Option<PathBuf>,
+    /// Where to write the trust bundle, for the nodes to read.
+    #[arg(long, env = "HEDDLE_CA_PUBLISH_ROOT", value_name = "FILE")]
+    publish_root: Option<PathBuf>,
+    /// Bearer token that callers must present, read at each call.
+    #[arg(long, env = "HEDDLE_CA_TOKEN_FILE", value_name = "FILE")]
+    token_file: PathBuf,
+    /// DNS name or IP address of the CA's own TLS certificate; may be given again.
+    #[arg(
+        long = "name",
+        env = "HEDDLE_CA_NAMES",
+        value_delimiter = ',',
+        default_value = "localhost",
+        value_name = "NAME"
+    )]
+    names: Vec<String>,
+    /// Longest lifetime of a workload's certificate.
+    #[arg(long, env = "HEDDLE_CA_MAX_LIFETIME", default_value = "1h", value_name = "DURATION")]
+    max_lifetime: String,
+    /// Form of the log, on stderr; filtered by HEDDLE_LOG.
+    #[arg(long, env = "HEDDLE_LOG_FORMAT", value_enum, default_value = "text", value_name = "FORMAT")]
+    log_format: Format,
+}
+
+impl Args {
+    fn config(self) -> Result<CaConfig, ConfigError> {
+        Ok(CaConfig {
+            listen: listen("--listen", &self.listen)?,
+            trust_domain: trust_domain(&self.trust_domain)?,
+            root: match (self.root_certificate, self.root_key) {
+                (Some(certificate), Some(key)) => RootSource::Files { certificate, key },
+                _ => RootSource::Generate { lifetime: ROOT_LIFETIME },
+            },
+            publish_root: self.publish_root,
+            token_file: self.token_file,
+            names: self.names,
+            max_lifetime: lifetime("--max-lifetime", &self.max_lifetime)?,
+        })
+    }
+
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let format = self.log_format;
+        let config = self.config()?;
+        let _written_at_the_end = log::start(format).context("can't start the log")?;
+        start::install_crypto()?;
+        let runtime = tokio::runtime::Runtime::new().context("can't start the runtime")?;
+        runtime.block_on(async {
+            let mut terminate = signal(SignalKind::terminate()).context("can't handle signals")?;
+            let mut interrupt = signal(SignalKind::interrupt()).context("can't handle signals")?;
+            let shutdown = async move {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+            };
+            if let Err(error) = serve(config, shutdown).await {
+                tracing::error!(reason = error.reason(), %error, "CA can't run");
+                return Ok(ExitCode::FAILURE);
+            }
+            Ok(ExitCode::SUCCESS)
+        })
+    }
+}

@@ -1,0 +1,81 @@
+//! What an operator types: one file per verb.
+//!
+//! The last stop: it parses, calls into the other stages, prints. Nothing is decided here.
+
+mod agent;
+mod ask;
+mod ca;
+mod certs;
+mod connections;
+mod probe;
+mod status;
+mod table;
+#[cfg(test)]
+mod tests;
+mod uninstall;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::life::config::{ConfigError, EXIT_USAGE};
+
+/// heddle, a sidecarless service mesh for Kubernetes.
+#[derive(Debug, Parser)]
+#[command(name = "heddle", version, about, disable_help_subcommand = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Run the agent of this node.
+    Agent(agent::Args),
+    /// Run the built-in certificate authority.
+    Ca(ca::Args),
+    /// Show this node's pods and whether they are captured.
+    Status(status::Args),
+    /// Show the connections that this node's agent carries.
+    Connections(connections::Args),
+    /// Show the certificates that this node's agent holds.
+    Certs(certs::Args),
+    /// Take heddle's programs, routes and pins away from every pod of this node.
+    Uninstall(uninstall::Args),
+    /// Connect as a process of a pod would, and print what answers. Started by the agent.
+    #[command(hide = true)]
+    Probe(probe::Args),
+}
+
+impl Cli {
+    /// Does what was asked.
+    ///
+    /// # Errors
+    /// When it could not be done; [`exit_code`] says with which status to end.
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        match self.verb {
+            Verb::Agent(args) => args.run(),
+            Verb::Ca(args) => args.run(),
+            Verb::Status(args) => args.run(),
+            Verb::Connections(args) => args.run(),
+            Verb::Certs(args) => args.run(),
+            Verb::Uninstall(args) => args.run(),
+            Verb::Probe(args) => args.run(),
+        }
+    }
+}
+
+/// The status that an error ends the program with: 64 for a configuration that can't work, else 1.
+#[must_use]
+pub fn exit_code(error: &anyhow::Error) -> ExitCode {
+    match error.downcast_ref::<ConfigError>() {
+        Some(_) => ExitCode::from(EXIT_USAGE),
+        None => ExitCode::FAILURE,
+    }
+}
+
+/// The status that a command line which can't be parsed ends the program with; help and version are no errors.
+#[must_use]
+pub fn parse_exit_code(error: &clap::Error) -> ExitCode {
+    if error.use_stderr() { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS }
+}

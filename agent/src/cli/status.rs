@@ -1,0 +1,65 @@
+//! `heddle status`: this node's pods and whether they are captured.
+
+use std::process::ExitCode;
+
+use super::{
+    ask::{Ask, json, print},
+    table::table,
+};
+use crate::life::admin::Status;
+
+/// Ends with status 1 when a pod is not captured; with --json only when the agent can't be asked.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    ask: Ask,
+}
+
+impl Args {
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let status: Status = self.ask.get("/status")?;
+        if self.ask.json {
+            print(&json(&status)?)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        print(&text(&status))?;
+        Ok(if all_captured(&status) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+pub(super) fn all_captured(status: &Status) -> bool {
+    status.pods.iter().all(|pod| pod.state == "captured")
+}
+
+pub(super) fn text(status: &Status) -> String {
+    let rows: Vec<_> = status
+        .pods
+        .iter()
+        .map(|pod| {
+            let reason = match &*pod.detail {
+                "" => pod.reason.clone(),
+                detail => format!("{}: {detail}", pod.reason),
+            };
+            vec![format!("{}/{}", pod.namespace, pod.name), pod.state.clone(), reason]
+        })
+        .collect();
+    let mut text = if rows.is_empty() { String::new() } else { table(&["POD", "STATE", "REASON"], &rows) + "\n" };
+    let captured = status.pods.iter().filter(|pod| pod.state == "captured").count();
+    let ready = if status.ready {
+        "ready".to_owned()
+    } else {
+        format!("not ready: waits for {}", status.waiting_for.join(", "))
+    };
+    text.push_str(&format!(
+        "{captured} of {} enrolled pods captured on node {} (heddle {}, {ready})\n",
+        status.pods.len(),
+        status.node,
+        status.version
+    ));
+    for (what, problems) in [("manifest", &status.manifest_problems), ("policy", &status.policy_problems)] {
+        for problem in problems {
+            text.push_str(&format!("{what} problem: {problem}\n"));
+        }
+    }
+    text
+}

@@ -1,0 +1,118 @@
+use clap::{CommandFactory, Parser};
+
+use super::{
+    Cli, certs, connections, exit_code, parse_exit_code, status,
+    table::{span, table},
+    uninstall,
+};
+use crate::life::{
+    admin::{CertificateLine, ConnectionLine, PodLine, Status},
+    config::EXIT_USAGE,
+};
+
+fn pod(name: &str, state: &str, reason: &str, detail: &str) -> PodLine {
+    let (name, state, reason, detail) = (name.into(), state.into(), reason.into(), detail.into());
+    PodLine { namespace: "shop".into(), name, state, reason, detail, ..PodLine::default() }
+}
+
+#[test]
+fn the_command_line_is_sound() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn what_cannot_be_parsed_or_cannot_work_ends_with_64_and_help_with_0() {
+    let code = |code: std::process::ExitCode| format!("{code:?}");
+    let usage = code(std::process::ExitCode::from(EXIT_USAGE));
+    for line in [&["heddle"][..], &["heddle", "nonsense"], &["heddle", "agent"], &["heddle", "ca", "--root-key", "k"]] {
+        assert_eq!(code(parse_exit_code(&Cli::try_parse_from(line).unwrap_err())), usage, "{line:?}");
+    }
+    for line in [["heddle", "--help"], ["heddle", "--version"]] {
+        let error = Cli::try_parse_from(line).unwrap_err();
+        assert_eq!(code(parse_exit_code(&error)), code(std::process::ExitCode::SUCCESS));
+    }
+    let line = ["heddle", "ca", "--token-file", "t", "--max-lifetime", "soon"];
+    let error = Cli::try_parse_from(line).unwrap().run().unwrap_err();
+    assert!(error.to_string().starts_with("--max-lifetime"), "{error}");
+    assert_eq!(code(exit_code(&error)), usage);
+    assert_eq!(code(exit_code(&anyhow::anyhow!("else"))), code(std::process::ExitCode::FAILURE));
+}
+
+#[test]
+fn status_names_each_pod_its_reason_and_the_totals() {
+    let mut answer = Status {
+        node: "node-1".into(),
+        version: "0.1.0".into(),
+        ready: true,
+        pods: vec![pod("web-0", "captured", "", ""), pod("db-0", "uncaptured", "place_unknown", "nobody knows")],
+        manifest_problems: vec!["a.yaml: broken".into()],
+        ..Status::default()
+    };
+    assert_eq!(
+        status::text(&answer),
+        "POD         STATE       REASON\n\
+         shop/web-0  captured    -\n\
+         shop/db-0   uncaptured  place_unknown: nobody knows\n\
+         \n\
+         1 of 2 enrolled pods captured on node node-1 (heddle 0.1.0, ready)\n\
+         manifest problem: a.yaml: broken\n"
+    );
+    assert!(!status::all_captured(&answer));
+    answer.pods.truncate(1);
+    assert!(status::all_captured(&answer));
+}
+
+#[test]
+fn a_cell_cannot_write_to_the_terminal() {
+    let text = table(&["A"], &[vec!["x\x1b[31m\ny\u{9b}z".to_owned()]]);
+    assert_eq!(text, "A\nx?[31m?y?z\n");
+}
+
+#[test]
+fn connections_and_certificates_read_well() {
+    assert_eq!(connections::text(&[]), "0 connections\n");
+    let one = ConnectionLine {
+        direction: "outbound".into(),
+        security: "mutual_tls".into(),
+        source: "10.0.0.1:1".into(),
+        source_workload: "shop/web-0".into(),
+        destination: "10.0.0.2:15008".into(),
+        hbone_target: "10.0.0.2:80".into(),
+        open_seconds: 61,
+        ..ConnectionLine::default()
+    };
+    let text = connections::text(&[one]);
+    assert!(text.contains("outbound   10.0.0.1:1 shop/web-0  10.0.0.2:80  mutual_tls"), "{text}");
+    assert!(text.contains("1m 1s") && text.ends_with("1 connections\n"), "{text}");
+    let certificate =
+        |left| CertificateLine { identity: "spiffe://a".into(), seconds_left: left, ..CertificateLine::default() };
+    let text = certs::text(&[certificate(Some(7_300)), certificate(Some(-5)), certificate(None)]);
+    assert!(text.contains("2h 1m") && text.contains("expired 5s ago"), "{text}");
+    assert!(text.ends_with("1 of 3 certificates valid\n"), "{text}");
+    assert_eq!([span(0), span(59), span(3_599), span(3_600)], ["0s", "59s", "59m 59s", "1h 0m"]);
+}
+
+#[test]
+fn an_agent_that_does_not_run_is_said_plainly() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("none.sock");
+    let line = ["heddle", "status", "--admin-socket", socket.to_str().unwrap()];
+    let error = Cli::try_parse_from(line).unwrap().run().unwrap_err();
+    assert!(error.to_string().starts_with("no agent answers at"), "{error:#}");
+}
+
+#[test]
+fn removing_follows_no_link() {
+    let folder = tempfile::tempdir().unwrap();
+    let (outside, inside) = (folder.path().join("outside"), folder.path().join("inside"));
+    std::fs::create_dir_all(inside.join("v1/pods")).unwrap();
+    std::fs::create_dir(&outside).unwrap();
+    std::fs::write(outside.join("precious"), "").unwrap();
+    std::fs::write(inside.join("v1/map"), "").unwrap();
+    std::os::unix::fs::symlink(&outside, inside.join("link")).unwrap();
+    let mut removed = Vec::new();
+    uninstall::remove(&inside, &mut removed).unwrap();
+    assert!(!inside.exists() && outside.join("precious").exists());
+    assert_eq!(removed.len(), 5);
+    assert_eq!(removed.last(), Some(&inside));
+}

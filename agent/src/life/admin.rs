@@ -1,0 +1,271 @@
+//! What operators ask a running agent, over a Unix socket: read-only, for root and the agent's own user.
+//!
+//! The types here are the JSON that `heddle status --json` and its like print.
+
+use std::{
+    fmt,
+    fs::{self, DirBuilder, Permissions},
+    io,
+    net::SocketAddr,
+    os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use axum::{Json, Router, extract::State, routing::get};
+use serde::{Deserialize, Serialize};
+use tokio::net::{UnixListener, UnixStream};
+use tokio_util::sync::CancellationToken;
+
+use super::http;
+use crate::{
+    identity::CertificateStatus,
+    telemetry::{PodReport, direction_name, named, seconds_until, security_name},
+    tunnel::Connection,
+};
+
+/// `GET /status`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    pub node: String,
+    pub version: String,
+    pub ready: bool,
+    /// What readiness waits for.
+    pub waiting_for: Vec<String>,
+    pub pods: Vec<PodLine>,
+    /// Manifest objects that are not in force as written.
+    pub manifest_problems: Vec<String>,
+    /// Policies that are not enforced as written.
+    pub policy_problems: Vec<String>,
+}
+
+/// One enrolled pod of the node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodLine {
+    pub uid: String,
+    pub namespace: String,
+    pub name: String,
+    /// `captured`, `attached` (not proven yet) or `uncaptured`.
+    pub state: String,
+    /// Stable; empty when captured.
+    pub reason: String,
+    pub detail: String,
+    /// The kernel programs' counters.
+    pub counters: std::collections::BTreeMap<String, u64>,
+}
+
+/// One of `GET /connections`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionLine {
+    pub id: u64,
+    pub direction: String,
+    /// `mutual_tls` or `none`.
+    pub security: String,
+    pub source: String,
+    /// `namespace/name`; empty when unknown.
+    pub source_workload: String,
+    pub source_identity: String,
+    pub destination: String,
+    pub hbone_target: String,
+    pub destination_workload: String,
+    pub destination_identity: String,
+    pub destination_service: String,
+    pub bytes_to_app: u64,
+    pub bytes_to_client: u64,
+    pub open_seconds: u64,
+    pub trace_id: String,
+}
+
+/// One of `GET /certificates`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateLine {
+    pub identity: String,
+    /// Lower-case hex; empty while there is none.
+    pub serial: String,
+    /// RFC 3339, empty while there is none.
+    pub not_before: String,
+    pub not_after: String,
+    /// Negative when it has expired.
+    pub seconds_left: Option<i64>,
+    pub last_error: String,
+}
+
+impl From<&PodReport> for PodLine {
+    fn from(pod: &PodReport) -> Self {
+        use crate::capture::PodState;
+        let state = match pod.state {
+            PodState::Captured => "captured",
+            PodState::Attached => "attached",
+            PodState::Uncaptured { .. } => "uncaptured",
+        };
+        Self {
+            uid: pod.uid.to_string(),
+            namespace: pod.namespace.to_string(),
+            name: pod.name.to_string(),
+            state: state.to_owned(),
+            reason: pod.reason().to_owned(),
+            detail: pod.detail().to_owned(),
+            counters: named(&pod.counts).into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+        }
+    }
+}
+
+impl From<&Connection> for ConnectionLine {
+    fn from(connection: &Connection) -> Self {
+        let flow = &connection.flow;
+        let (bytes_to_app, bytes_to_client) = connection.bytes();
+        let workload = |workload: &Option<Arc<crate::cluster::Workload>>| {
+            workload.as_ref().map(|workload| format!("{}/{}", workload.namespace, workload.name)).unwrap_or_default()
+        };
+        let address = |address: &SocketAddr| address.to_string();
+        let identity =
+            |id: &Option<crate::identity::SpiffeId>| id.as_ref().map(ToString::to_string).unwrap_or_default();
+        Self {
+            id: connection.id,
+            direction: direction_name(flow.direction).to_owned(),
+            security: security_name(flow.security).to_owned(),
+            source: address(&flow.source),
+            source_workload: workload(&flow.source_workload),
+            source_identity: identity(&flow.source_principal),
+            destination: address(&flow.destination),
+            hbone_target: flow.hbone_target.as_ref().map(address).unwrap_or_default(),
+            destination_workload: workload(&flow.destination_workload),
+            destination_identity: identity(&flow.destination_principal),
+            destination_service: flow
+                .destination_service
+                .as_ref()
+                .map(|service| service.hostname.to_string())
+                .unwrap_or_default(),
+            bytes_to_app,
+            bytes_to_client,
+            open_seconds: connection.opened.elapsed().as_secs(),
+            trace_id: flow.trace_id.clone(),
+        }
+    }
+}
+
+impl CertificateLine {
+    pub(super) fn new(status: &CertificateStatus, now: SystemTime) -> Self {
+        let time = |time: Option<SystemTime>| {
+            time.map(|time| humantime::format_rfc3339_seconds(time).to_string()).unwrap_or_default()
+        };
+        Self {
+            identity: status.identity.to_string(),
+            serial: status.serial.clone(),
+            not_before: time(status.not_before),
+            not_after: time(status.not_after),
+            seconds_left: status.not_after.map(|end| seconds_until(end, now)),
+            last_error: status.last_error.clone(),
+        }
+    }
+}
+
+/// Where the answers come from.
+pub struct Answers {
+    pub status: Box<dyn Fn() -> Status + Send + Sync>,
+    pub connections: Box<dyn Fn() -> Vec<ConnectionLine> + Send + Sync>,
+    pub certificates: Box<dyn Fn() -> Vec<CertificateLine> + Send + Sync>,
+}
+
+impl fmt::Debug for Answers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Answers").finish_non_exhaustive()
+    }
+}
+
+fn router(answers: Arc<Answers>) -> Router {
+    Router::new()
+        .route("/status", get(async |State(answers): State<Arc<Answers>>| Json((answers.status)())))
+        .route("/connections", get(async |State(answers): State<Arc<Answers>>| Json((answers.connections)())))
+        .route("/certificates", get(async |State(answers): State<Arc<Answers>>| Json((answers.certificates)())))
+        .with_state(answers)
+}
+
+/// Why there is no admin socket.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    #[error("another agent answers at {}: stop it first, or give another --admin-socket", .0.display())]
+    Taken(PathBuf),
+    #[error("{} is there and is no socket: remove it, or give another --admin-socket", .0.display())]
+    NotASocket(PathBuf),
+    #[error("admin socket {}: {error}", path.display())]
+    Io { path: PathBuf, error: io::Error },
+}
+
+impl AdminError {
+    /// Stable name: metric label and log key.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Taken(_) => "admin_taken",
+            Self::NotASocket(_) => "admin_not_a_socket",
+            Self::Io { .. } => "admin_io",
+        }
+    }
+}
+
+/// The socket's file; removed when dropped, if it is still this one.
+#[derive(Debug)]
+pub struct Socket {
+    listener: Option<UnixListener>,
+    path: PathBuf,
+    inode: u64,
+}
+
+impl Socket {
+    /// Makes the socket with mode 0600, in the place of one that nobody answers any more. The folder is made if absent.
+    ///
+    /// # Errors
+    /// When another agent answers there, or the file can't be made.
+    pub async fn bind(path: &Path) -> Result<Self, AdminError> {
+        let failed = |error| AdminError::Io { path: path.to_owned(), error };
+        if let Some(folder) = path.parent() {
+            DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
+        }
+        match fs::symlink_metadata(path) {
+            Ok(metadata) if !metadata.file_type().is_socket() => return Err(AdminError::NotASocket(path.to_owned())),
+            Ok(_) if UnixStream::connect(path).await.is_ok() => return Err(AdminError::Taken(path.to_owned())),
+            _ => {}
+        }
+        // Made beside and moved, so that it never stands there with wider rights, nor is missing for a moment.
+        let beside = PathBuf::from(format!("{}.{}", path.display(), std::process::id()));
+        let make = || {
+            match fs::remove_file(&beside) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            let listener = UnixListener::bind(&beside)?;
+            fs::set_permissions(&beside, Permissions::from_mode(0o600))?;
+            let inode = fs::symlink_metadata(&beside)?.ino();
+            fs::rename(&beside, path)?;
+            Ok((listener, inode))
+        };
+        let (listener, inode) = make().map_err(failed)?;
+        Ok(Self { listener: Some(listener), path: path.to_owned(), inode })
+    }
+
+    /// Answers until `stop`, then removes the file.
+    pub async fn serve(mut self, answers: Answers, stop: CancellationToken) {
+        let own = nix::unistd::geteuid().as_raw();
+        let admit = move |stream: &UnixStream| stream.peer_cred().is_ok_and(|peer| may_ask(peer.uid(), own));
+        if let Some(listener) = self.listener.take() {
+            http::serve(listener, router(Arc::new(answers)), admit, stop).await;
+        }
+    }
+}
+
+/// Root and the agent's own user: the file's mode says so too, but a mode can be changed by mistake.
+pub(super) fn may_ask(peer: u32, own: u32) -> bool {
+    peer == 0 || peer == own
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|metadata| metadata.ino() == self.inode) {
+            if let Err(error) = fs::remove_file(&self.path) {
+                tracing::warn!(path = %self.path.display(), %error, "Admin socket can't be removed");
+            }
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! What was typed ([`Raw`]) and what it means ([`Config`]).
+//!
+//! Read once, at start. A value that can't work is refused with its flag, the problem and what to write instead; nothing
+//! is corrected silently.
+
+use std::{net::SocketAddr, num::NonZero, path::PathBuf, sync::Arc, time::Duration};
+
+use crate::{
+    identity::TrustDomain,
+    telemetry::{Destination, Format},
+};
+
+/// Where the agent's admin socket is unless configured otherwise.
+pub const ADMIN_SOCKET: &str = "/run/heddle/admin.sock";
+/// Where pins are kept unless configured otherwise.
+pub const BPFFS: &str = "/sys/fs/bpf/heddle";
+
+/// Exit status of a configuration that can't work (`EX_USAGE` of sysexits.h).
+pub const EXIT_USAGE: u8 = 64;
+
+/// Longest path that fits a socket address (bytes), with room for the suffix under which it is made.
+const SOCKET_PATH: usize = 107 - ".4294967295".len();
+
+/// `heddle agent`, as typed. Every flag can also be set as `HEDDLE_` and its name in capitals.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Raw {
+    /// Name of this node, as in `spec.nodeName` of its pods.
+    #[arg(long, env = "HEDDLE_NODE")]
+    pub node: String,
+    /// Directory of Kubernetes manifests (YAML), followed for changes.
+    #[arg(long, env = "HEDDLE_MANIFESTS", value_name = "DIR")]
+    pub manifests: PathBuf,
+    /// SPIFFE trust domain of the mesh.
+    #[arg(long, env = "HEDDLE_TRUST_DOMAIN", default_value = "cluster.local", value_name = "NAME")]
+    pub trust_domain: String,
+    /// Namespace whose policies without a selector hold for the whole mesh.
+    #[arg(long, env = "HEDDLE_ROOT_NAMESPACE", default_value = "heddle-system", value_name = "NAME")]
+    pub root_namespace: String,
+    /// Name of the cluster in metrics, in baggage and to the CA.
+    #[arg(long, env = "HEDDLE_CLUSTER_ID", default_value = "Kubernetes", value_name = "NAME")]
+    pub cluster_id: String,
+    /// The CA, https://HOST:PORT.
+    #[arg(long, env = "HEDDLE_CA_ADDRESS", value_name = "URL")]
+    pub ca_address: String,
+    /// Name that the CA's certificate must carry, where it is not the host of its address.
+    #[arg(long, env = "HEDDLE_CA_NAME", value_name = "NAME")]
+    pub ca_name: Option<String>,
+    /// Trust bundle (PEM) that verifies the CA and the mesh's peers. May appear later; read again when it changes.
+    #[arg(long, env = "HEDDLE_CA_ROOT", value_name = "FILE")]
+    pub ca_root: PathBuf,
+    /// Bearer token for the CA, read at each call.
+    #[arg(long, env = "HEDDLE_CA_TOKEN_FILE", value_name = "FILE")]
+    pub ca_token_file: PathBuf,
+    /// Lifetime to ask the CA for; certificates are renewed at half of it.
+    #[arg(long, env = "HEDDLE_CERTIFICATE_LIFETIME", default_value = "1h", value_name = "DURATION")]
+    pub certificate_lifetime: String,
+    /// Folder for pins in a bpffs; made, and the bpffs mounted, if absent.
+    #[arg(long, env = "HEDDLE_BPFFS", default_value = BPFFS, value_name = "DIR")]
+    pub bpffs: PathBuf,
+    /// Unix socket that `heddle status` and its like ask.
+    #[arg(long, env = "HEDDLE_ADMIN_SOCKET", default_value = ADMIN_SOCKET, value_name = "FILE")]
+    pub admin_socket: PathBuf,
+    /// Address of /metrics and /stats/prometheus.
+    #[arg(long, env = "HEDDLE_METRICS_LISTEN", default_value = "[::]:15020", value_name = "ADDRESS")]
+    pub metrics_listen: String,
+    /// Address of /healthz/ready.
+    #[arg(long, env = "HEDDLE_READINESS_LISTEN", default_value = "[::]:15021", value_name = "ADDRESS")]
+    pub readiness_listen: String,
+    /// Form of the agent's log (on stderr; filtered by HEDDLE_LOG) and of the access log.
+    #[arg(long, env = "HEDDLE_LOG_FORMAT", value_enum, default_value = "text", value_name = "FORMAT")]
+    pub log_format: Format,
+    /// File that the access log is appended to, or - for stdout.
+    #[arg(long, env = "HEDDLE_ACCESS_LOG", default_value = "-", value_name = "FILE")]
+    pub access_log: PathBuf,
+    /// How long carried connections may go on after SIGTERM.
+    #[arg(long, env = "HEDDLE_DRAIN_GRACE", default_value = "30s", value_name = "DURATION")]
+    pub drain_grace: String,
+    /// Threads that carry traffic [default: a quarter of the cores, at least 2].
+    #[arg(long, env = "HEDDLE_WORKERS", value_name = "N")]
+    pub workers: Option<String>,
+}
+
+/// A configuration that can work.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub node: Arc<str>,
+    pub manifests: PathBuf,
+    pub trust_domain: TrustDomain,
+    pub root_namespace: Arc<str>,
+    pub cluster_id: Arc<str>,
+    pub ca_address: String,
+    pub ca_name: Option<String>,
+    pub ca_root: PathBuf,
+    pub ca_token_file: PathBuf,
+    pub certificate_lifetime: Duration,
+    pub bpffs: PathBuf,
+    pub admin_socket: PathBuf,
+    pub metrics_listen: SocketAddr,
+    pub readiness_listen: SocketAddr,
+    pub log_format: Format,
+    pub access_log: Destination,
+    pub drain_grace: Duration,
+    pub workers: usize,
+}
+
+/// A value that can't work.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{flag} {value:?}: {problem}; {fix}")]
+pub struct ConfigError {
+    pub flag: &'static str,
+    pub value: String,
+    pub problem: String,
+    /// What to write instead.
+    pub fix: &'static str,
+}
+
+impl ConfigError {
+    fn new(flag: &'static str, value: impl Into<String>, problem: impl ToString, fix: &'static str) -> Self {
+        Self { flag, value: value.into(), problem: problem.to_string(), fix }
+    }
+}
+
+impl Raw {
+    /// Says what it means.
+    ///
+    /// # Errors
+    /// The first flag whose value can't work.
+    pub fn validate(self) -> Result<Config, ConfigError> {
+        Ok(Config {
+            node: named("--node", self.node, "give the node's name, as in spec.nodeName of its pods")?.into(),
+            manifests: directory("--manifests", self.manifests)?,
+            trust_domain: trust_domain(&self.trust_domain)?,
+            root_namespace: named("--root-namespace", self.root_namespace, "give a namespace such as heddle-system")?
+                .into(),
+            cluster_id: named("--cluster-id", self.cluster_id, "give a name such as Kubernetes")?.into(),
+            ca_address: ca_address(self.ca_address)?,
+            ca_name: self
+                .ca_name
+                .map(|name| named("--ca-name", name, "leave it out, or give a DNS name"))
+                .transpose()?,
+            ca_root: self.ca_root,
+            ca_token_file: self.ca_token_file,
+            certificate_lifetime: lifetime("--certificate-lifetime", &self.certificate_lifetime)?,
+            bpffs: absolute("--bpffs", self.bpffs, "give an absolute path such as /sys/fs/bpf/heddle")?,
+            admin_socket: socket(self.admin_socket)?,
+            metrics_listen: listen("--metrics-listen", &self.metrics_listen)?,
+            readiness_listen: listen("--readiness-listen", &self.readiness_listen)?,
+            log_format: self.log_format,
+            access_log: match self.access_log.as_os_str() {
+                path if path == "-" => Destination::Stdout,
+                _ => Destination::File(self.access_log),
+            },
+            drain_grace: duration("--drain-grace", &self.drain_grace)?,
+            workers: workers(self.workers)?,
+        })
+    }
+}
+
+fn named(flag: &'static str, value: String, fix: &'static str) -> Result<String, ConfigError> {
+    if value.trim().is_empty() {
+        return Err(ConfigError::new(flag, value, "is empty", fix));
+    }
+    Ok(value)
+}
+
+fn absolute(flag: &'static str, path: PathBuf, fix: &'static str) -> Result<PathBuf, ConfigError> {
+    if path.is_absolute() {
+        Ok(path)
+    } else {
+        Err(ConfigError::new(flag, path.to_string_lossy(), "is not absolute", fix))
+    }
+}
+
+fn directory(flag: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {
+    let fix = "give a directory that exists; it may be empty";
+    match std::fs::metadata(&path) {
+        Ok(metadata) if metadata.is_dir() => Ok(path),
+        Ok(_) => Err(ConfigError::new(flag, path.to_string_lossy(), "is not a directory", fix)),
+        Err(error) => Err(ConfigError::new(flag, path.to_string_lossy(), error, fix)),
+    }
+}
+
+/// Parses `--trust-domain`.
+///
+/// # Errors
+/// When it is no trust domain.
+pub fn trust_domain(value: &str) -> Result<TrustDomain, ConfigError> {
+    let fix = "give a name of lower-case letters, digits, dots, dashes and underscores such as cluster.local";
+    value.parse().map_err(|error| ConfigError::new("--trust-domain", value, error, fix))
+}
+
+fn ca_address(value: String) -> Result<String, ConfigError> {
+    const FIX: &str = "give https://HOST:PORT, such as https://ca.heddle-system.svc:15012";
+    let problem = match value.parse::<http::Uri>() {
+        Err(error) => error.to_string(),
+        Ok(address) if address.scheme_str() != Some("https") => "is not https".to_owned(),
+        Ok(address) if address.port_u16().is_none() => "has no port".to_owned(),
+        Ok(address) if !matches!(address.path(), "" | "/") => "has a path".to_owned(),
+        Ok(_) => return Ok(value),
+    };
+    Err(ConfigError::new("--ca-address", value, problem, FIX))
+}
+
+/// Parses a duration such as `30s` or `1h`.
+///
+/// # Errors
+/// When it is none.
+pub fn duration(flag: &'static str, value: &str) -> Result<Duration, ConfigError> {
+    humantime::parse_duration(value)
+        .map_err(|error| ConfigError::new(flag, value, error, "give a duration such as 30s or 1h"))
+}
+
+/// Parses the lifetime of certificates.
+///
+/// # Errors
+/// When it is no duration, or one too short to renew within.
+pub fn lifetime(flag: &'static str, value: &str) -> Result<Duration, ConfigError> {
+    const SHORTEST: Duration = Duration::from_secs(2);
+    match duration(flag, value)? {
+        lifetime if lifetime >= SHORTEST => Ok(lifetime),
+        _ => Err(ConfigError::new(flag, value, "is too short to renew within", "give at least 2s; 1h is usual")),
+    }
+}
+
+/// Parses an address to listen on.
+///
+/// # Errors
+/// When it is none.
+pub fn listen(flag: &'static str, value: &str) -> Result<SocketAddr, ConfigError> {
+    value
+        .parse()
+        .map_err(|error| ConfigError::new(flag, value, error, "give IP:PORT, such as 127.0.0.1:15020 or [::]:15020"))
+}
+
+fn socket(path: PathBuf) -> Result<PathBuf, ConfigError> {
+    let flag = "--admin-socket";
+    let path = absolute(flag, path, "give an absolute path such as /run/heddle/admin.sock")?;
+    if path.as_os_str().len() > SOCKET_PATH {
+        return Err(ConfigError::new(
+            flag,
+            path.to_string_lossy(),
+            "is too long for a socket",
+            "give a path of at most 96 bytes",
+        ));
+    }
+    Ok(path)
+}
+
+fn workers(value: Option<String>) -> Result<usize, ConfigError> {
+    let Some(value) = value else {
+        return Ok(default_workers(std::thread::available_parallelism().map_or(1, NonZero::get)));
+    };
+    match value.parse() {
+        Ok(workers @ 1..=1_024) => Ok(workers),
+        Ok(_) => Err(ConfigError::new("--workers", value, "is out of range", "give 1 to 1024")),
+        Err(error) => Err(ConfigError::new("--workers", value, error, "give a number from 1 to 1024")),
+    }
+}
+
+/// A quarter of the cores: the node is for its pods. Two at least, so that one long task does not stop everything.
+pub(super) fn default_workers(cores: usize) -> usize {
+    cores.div_ceil(4).max(2)
+}

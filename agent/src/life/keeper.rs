@@ -1,0 +1,346 @@
+//! Keeps one pod of this node captured, served and proven, for as long as it is wanted.
+//!
+//! One task per pod, so a pod that can't be enrolled delays no other. What it can't prove it shows as uncaptured, and tries
+//! again, later each time.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    sync::{Semaphore, mpsc, watch},
+    task::JoinHandle,
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{enrol::Stages, limits};
+use crate::{
+    capture::{CaptureError, PodSpec, PodState},
+    cluster::Workload,
+    telemetry::PodReport,
+};
+
+/// What the cluster wants of a pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Wanted {
+    Enrolled(Arc<Workload>),
+    /// It runs on, outside the mesh: what is carried may end first.
+    Leaving(Arc<Workload>),
+    Gone,
+}
+
+/// What a keeper tells the loop that made it.
+#[derive(Debug)]
+pub(super) enum News {
+    /// The first attempt is over, however it went.
+    Tried(Arc<str>),
+    /// Everything of the pod is withdrawn and the keeper has ended.
+    Ended(Arc<str>),
+}
+
+/// The state of every pod that should be captured. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Pods(Arc<Mutex<BTreeMap<Arc<str>, PodReport>>>);
+
+impl Pods {
+    /// All of them by uid, without the kernel's counters.
+    #[must_use]
+    pub fn list(&self) -> Vec<PodReport> {
+        self.table().values().cloned().collect()
+    }
+
+    fn set(&self, pod: &Workload, state: PodState) {
+        let before = self.table().insert(
+            Arc::clone(&pod.uid),
+            PodReport {
+                uid: Arc::clone(&pod.uid),
+                namespace: Arc::clone(&pod.namespace),
+                name: Arc::clone(&pod.name),
+                state: state.clone(),
+                counts: heddle_common::PodCounts::default(),
+            },
+        );
+        if before.is_some_and(|before| before.state == state) {
+            return;
+        }
+        let (namespace, name) = (&pod.namespace, &pod.name);
+        match state {
+            PodState::Captured => tracing::info!(%namespace, pod = %name, "Pod is captured"),
+            PodState::Uncaptured { reason, detail } => {
+                tracing::warn!(%namespace, pod = %name, reason, detail, "Pod is not captured");
+            }
+            PodState::Attached => {}
+        }
+    }
+
+    fn remove(&self, uid: &str) {
+        self.table().remove(uid);
+    }
+
+    fn table(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, PodReport>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What all keepers share.
+#[derive(Debug, Clone)]
+pub(super) struct Shared<S> {
+    pub stages: S,
+    pub pods: Pods,
+    /// One permit for each attach or proof under way.
+    pub turns: Arc<Semaphore>,
+    /// How long the connections of a pod that leaves the mesh may go on.
+    pub leave: Duration,
+    pub stop: CancellationToken,
+    pub news: mpsc::UnboundedSender<News>,
+}
+
+/// A pod's listener that is served.
+#[derive(Debug)]
+struct Service {
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+/// One pod.
+#[derive(Debug)]
+pub(super) struct Keeper<S> {
+    shared: Shared<S>,
+    uid: Arc<str>,
+    /// What is attached.
+    spec: Option<PodSpec>,
+    service: Option<Service>,
+    failures: u32,
+    tried: bool,
+}
+
+/// Why a keeper stops waiting.
+enum Woken {
+    Changed,
+    Due,
+    ServiceEnded,
+    Stop,
+}
+
+impl<S: Stages> Keeper<S> {
+    pub fn new(shared: Shared<S>, uid: Arc<str>) -> Self {
+        Self { shared, uid, spec: None, service: None, failures: 0, tried: false }
+    }
+
+    /// Follows `wanted` until the pod is gone and withdrawn, or the agent stops: then it is left pinned.
+    pub async fn run(mut self, mut wanted: watch::Receiver<Wanted>) {
+        let mut leaving_until = None;
+        loop {
+            let now = wanted.borrow_and_update().clone();
+            let due = match now {
+                Wanted::Enrolled(pod) => {
+                    leaving_until = None;
+                    let stop = self.shared.stop.clone();
+                    // A stop must not wait for a step that hangs; the kernel's state is whole at each of its own steps.
+                    let wait = tokio::select! {
+                        wait = self.enrol(&pod) => wait,
+                        () = stop.cancelled() => Duration::ZERO,
+                    };
+                    self.told_try();
+                    Instant::now() + wait
+                }
+                Wanted::Leaving(_) if self.service.is_some() && !self.left(&mut leaving_until) => {
+                    Instant::now() + limits::WATCH_INTERVAL
+                }
+                Wanted::Leaving(_) | Wanted::Gone => {
+                    leaving_until = None;
+                    match self.withdraw().await {
+                        Ok(()) => {
+                            self.shared.pods.remove(&self.uid);
+                            self.told_try();
+                            if wanted.has_changed().unwrap_or(false) {
+                                continue;
+                            }
+                            // The loop makes a new keeper when the pod is wanted again.
+                            let _loop_ended = self.shared.news.send(News::Ended(Arc::clone(&self.uid)));
+                            return;
+                        }
+                        Err(error) => {
+                            tracing::warn!(uid = %self.uid, reason = error.reason(), %error, "Pod can't be withdrawn yet");
+                            self.told_try();
+                            self.failures += 1;
+                            Instant::now() + backoff(self.failures)
+                        }
+                    }
+                }
+            };
+            if !self.rest(&mut wanted, due).await {
+                return self.stop().await;
+            }
+        }
+    }
+
+    /// Waits until there is something to do; `false` when the agent stops.
+    async fn rest(&mut self, wanted: &mut watch::Receiver<Wanted>, mut due: Instant) -> bool {
+        loop {
+            match self.wait(wanted, due).await {
+                Woken::Changed | Woken::Due => return true,
+                Woken::Stop => return false,
+                Woken::ServiceEnded => {
+                    self.service = None;
+                    self.failures += 1;
+                    due = due.min(Instant::now() + backoff(self.failures));
+                    let detail = "nobody serves the pod's listener".to_owned();
+                    if let Wanted::Enrolled(pod) = &*wanted.borrow() {
+                        self.shared.pods.set(pod, PodState::Uncaptured { reason: "not_served", detail });
+                    }
+                }
+            }
+        }
+    }
+
+    async fn wait(&mut self, wanted: &mut watch::Receiver<Wanted>, due: Instant) -> Woken {
+        let service = async {
+            match &mut self.service {
+                Some(service) => {
+                    let _how_it_ended = (&mut service.task).await;
+                }
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = self.shared.stop.cancelled() => Woken::Stop,
+            changed = wanted.changed() => if changed.is_ok() { Woken::Changed } else { Woken::Stop },
+            () = service => Woken::ServiceEnded,
+            () = sleep_until(due) => Woken::Due,
+        }
+    }
+
+    /// One round: attach what changed, serve it, prove it. Gives the time until the next.
+    async fn enrol(&mut self, pod: &Arc<Workload>) -> Duration {
+        let state = self.attempt(pod).await;
+        let captured = state == PodState::Captured;
+        self.shared.pods.set(pod, state);
+        if captured {
+            self.failures = 0;
+            // Spread, so that the proofs of many pods do not come all at once.
+            limits::PROVE_INTERVAL.mul_f64(0.75 + fastrand::f64() / 4.0)
+        } else {
+            self.failures += 1;
+            backoff(self.failures)
+        }
+    }
+
+    async fn attempt(&mut self, pod: &Arc<Workload>) -> PodState {
+        let uncaptured = |reason, detail: String| PodState::Uncaptured { reason, detail };
+        let spec = match (spec(pod), &self.spec) {
+            (Ok(spec), _) => spec,
+            // What is attached stays until something better is known.
+            (Err(_), Some(attached)) => attached.clone(),
+            (Err((reason, detail)), None) => return uncaptured(reason, detail.to_owned()),
+        };
+        let turns = Arc::clone(&self.shared.turns);
+        let Ok(_turn) = turns.acquire_owned().await else {
+            return uncaptured("stopping", "the agent stops".to_owned());
+        };
+        if self.spec.as_ref() != Some(&spec) || self.service.is_none() {
+            match timeout(limits::ENROL_STEP, self.shared.stages.attach(spec.clone())).await {
+                Err(_) => return uncaptured("timeout", format!("attaching took longer than {:?}", limits::ENROL_STEP)),
+                Ok(Err(error)) => return uncaptured(error.reason(), error.to_string()),
+                Ok(Ok(attached)) => {
+                    if self.service.is_none() {
+                        self.shared.pods.set(pod, PodState::Attached);
+                    }
+                    let stop = CancellationToken::new();
+                    let task = tokio::spawn(self.shared.stages.serve(Arc::clone(pod), attached, stop.clone()));
+                    // The new one accepts before the old one stops: no connection finds nobody.
+                    if let Some(old) = self.service.replace(Service { stop, task }) {
+                        old.stop.cancel();
+                    }
+                    self.spec = Some(spec);
+                }
+            }
+        }
+        match timeout(limits::ENROL_STEP, self.shared.stages.prove(&self.uid)).await {
+            Ok(PodState::Attached) => uncaptured("unproven", "the proof gave no result".to_owned()),
+            Ok(state) => state,
+            Err(_) => uncaptured("timeout", format!("the proof took longer than {:?}", limits::ENROL_STEP)),
+        }
+    }
+
+    /// Whether nothing is carried any more for a pod that leaves, or its time is over.
+    fn left(&self, until: &mut Option<Instant>) -> bool {
+        let until = *until.get_or_insert_with(|| Instant::now() + self.shared.leave);
+        self.shared.stages.carried(&self.uid) == 0 || Instant::now() >= until
+    }
+
+    /// Ends the service, closes what is carried, and takes everything away from the pod.
+    async fn withdraw(&mut self) -> Result<(), CaptureError> {
+        self.end_service().await;
+        let cut = self.shared.stages.cut(&self.uid);
+        if cut > 0 {
+            tracing::info!(uid = %self.uid, cut, "Connections of a pod that left the mesh were cut");
+            let deadline = Instant::now() + limits::CUT_WAIT;
+            while self.shared.stages.carried(&self.uid) > 0 && Instant::now() < deadline {
+                sleep(limits::WATCH_INTERVAL).await;
+            }
+        }
+        match self.shared.stages.withdraw(&self.uid).await {
+            Ok(()) | Err(CaptureError::NotAttached(_)) => {
+                self.spec = None;
+                self.failures = 0;
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn end_service(&mut self) {
+        let Some(mut service) = self.service.take() else { return };
+        service.stop.cancel();
+        if timeout(limits::CUT_WAIT, &mut service.task).await.is_err() {
+            tracing::warn!(uid = %self.uid, "Listener did not stop in time");
+            service.task.abort();
+        }
+    }
+
+    /// The agent stops: nobody listens any more, what is pinned stays.
+    async fn stop(mut self) {
+        self.end_service().await;
+        match timeout(limits::CUT_WAIT, self.shared.stages.unlisten(&self.uid)).await {
+            Ok(Ok(()) | Err(CaptureError::NotAttached(_))) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(uid = %self.uid, reason = error.reason(), %error, "Listener can't be given up");
+            }
+            Err(_) => tracing::warn!(uid = %self.uid, "Listener was not given up in time"),
+        }
+    }
+
+    fn told_try(&mut self) {
+        if !std::mem::replace(&mut self.tried, true) {
+            let _loop_ended = self.shared.news.send(News::Tried(Arc::clone(&self.uid)));
+        }
+    }
+}
+
+/// What capture needs to know of a pod, or why it can't be said (reason, detail).
+fn spec(pod: &Workload) -> Result<PodSpec, (&'static str, &'static str)> {
+    let Some(place) = pod.place.clone() else {
+        return Err(("place_unknown", "where the node keeps the pod's netns and cgroup is not known"));
+    };
+    if pod.addresses.is_empty() {
+        return Err(("no_address", "the pod has no address yet"));
+    }
+    Ok(PodSpec {
+        uid: Arc::clone(&pod.uid),
+        name: format!("{}/{}", pod.namespace, pod.name).into(),
+        addresses: pod.addresses.clone(),
+        place,
+        when_unattended: pod.when_unattended,
+    })
+}
+
+/// The pause after so many failures in a row: doubled each time, between half of that and all of it.
+pub(super) fn backoff(failures: u32) -> Duration {
+    let doubled = limits::ENROL_BACKOFF_MIN.saturating_mul(1 << failures.saturating_sub(1).min(16));
+    doubled.min(limits::ENROL_BACKOFF_MAX).mul_f64(0.5 + fastrand::f64() / 2.0)
+}

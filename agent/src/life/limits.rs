@@ -1,0 +1,201 @@
+//! Every cap and deadline of the agent: name, unit, default and why that much. Nothing else in the tree states one.
+
+use std::time::Duration;
+
+/// A peer that sends no complete TLS handshake in this time is gone (duration). Handshakes take milliseconds; 5 s
+/// survives a lost SYN-ACK and two retransmissions.
+pub const TLS_HANDSHAKE: Duration = Duration::from_secs(5);
+/// From an accepted TLS connection to its first CONNECT (duration).
+pub const FIRST_CONNECT: Duration = Duration::from_secs(5);
+/// TCP connect to another agent or to an endpoint outside the mesh (duration). What applications expect at the least.
+pub const CONNECT_PEER: Duration = Duration::from_secs(5);
+/// TCP connect to the app in its own netns (duration): it answers or it refuses; only a full backlog takes longer.
+pub const CONNECT_APP: Duration = Duration::from_secs(5);
+/// From sending CONNECT to the answer (duration): the other side's CONNECT_APP and policy hold, and a round trip.
+pub const CONNECT_ANSWER: Duration = Duration::from_secs(10);
+/// How long a connection waits for its certificate, or for the record of a workload that is not known yet (duration).
+pub const HOLD: Duration = Duration::from_secs(5);
+
+/// HTTP/2 streams that one connection carries at most, both sides (streams).
+pub const STREAMS_PER_CONNECTION: u32 = 64;
+/// Streams after which the pool opens another connection to the same peer while it has fewer than
+/// [`CONNECTIONS_PER_PEER`] (streams): one connection is one task, so one core.
+pub const STREAMS_BEFORE_SPREADING: u32 = 4;
+/// Connections that the pool spreads over before it fills them up (connections).
+pub const CONNECTIONS_PER_PEER: usize = 4;
+/// HTTP/2 receive window of a stream (bytes): 1 MiB carries 8 Gbit/s at 1 ms of round trip.
+pub const STREAM_WINDOW: u32 = 1 << 20;
+/// HTTP/2 receive window of a connection (bytes): all its streams stalled together still leave room, so no stream can
+/// stall another.
+pub const CONNECTION_WINDOW: u32 = STREAM_WINDOW * (STREAMS_PER_CONNECTION + 1);
+/// Largest HTTP/2 frame received (bytes).
+pub const FRAME: u32 = 256 << 10;
+/// Largest decoded header list received (bytes).
+pub const HEADER_LIST: u32 = 16 << 10;
+/// Bytes that a stream may have queued for sending (bytes).
+pub const SEND_BUFFER: usize = 256 << 10;
+/// HTTP/2 ping interval and how long its answer may take (duration): a dead peer is found within 15 s.
+pub const PING_INTERVAL: Duration = Duration::from_secs(10);
+pub const PING_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a pooled connection without streams is kept (duration).
+pub const POOL_IDLE: Duration = Duration::from_secs(300);
+
+/// Relay buffer per direction: first size, and the size it grows to while a connection moves bulk (bytes).
+pub const RELAY_BUFFER_MIN: usize = 16 << 10;
+pub const RELAY_BUFFER_MAX: usize = 256 << 10;
+
+/// Listen backlog of each pod's listener (connections).
+pub const LISTEN_BACKLOG: i32 = 4_096;
+/// Connections that the agent holds at a time, per pod (connections).
+pub const CONNECTIONS_PER_POD: usize = 4_096;
+/// First and longest pause after a failed accept (duration): at the fd limit accept fails at once, and would spin.
+pub const ACCEPT_PAUSE_MIN: Duration = Duration::from_millis(1);
+pub const ACCEPT_PAUSE_MAX: Duration = Duration::from_millis(250);
+/// Source ports that delivery tries before it gives up (ports).
+pub const DELIVERY_TRIES: u32 = 64;
+/// Endpoints of a Service that are tried before the connection fails (endpoints).
+pub const ENDPOINT_TRIES: usize = 3;
+
+/// Certificate fetches under way at a time (requests).
+pub const FETCHES: usize = 8;
+/// One CreateCertificate call (duration).
+pub const FETCH: Duration = Duration::from_secs(5);
+/// Backoff of failed fetches (duration), doubled each time, with jitter.
+pub const FETCH_BACKOFF_MIN: Duration = Duration::from_millis(500);
+pub const FETCH_BACKOFF_MAX: Duration = Duration::from_secs(30);
+
+/// Largest manifest file (bytes), and most files in the directory (files).
+pub const MANIFEST_BYTES: u64 = 4 << 20;
+pub const MANIFEST_FILES: usize = 10_000;
+
+/// Access-log lines queued for writing (lines); past it lines are dropped and counted.
+pub const LOG_LINES: usize = 10_000;
+/// Label sets that the connection metrics hold (series); past it events count under `overflow`.
+pub const METRIC_SERIES: usize = 10_000;
+/// Requests under way on the metrics, readiness and admin endpoints together (requests).
+pub const ADMIN_REQUESTS: usize = 64;
+/// How long a probe connection may take (duration).
+pub const PROBE: Duration = Duration::from_secs(3);
+/// How often the capture of every pod is proven again (duration).
+pub const PROVE_INTERVAL: Duration = Duration::from_secs(30);
+
+// capture
+
+/// What starting the process of an outbound probe may take on top of [`PROBE`] (duration): a busy node starts it late.
+pub const PROBE_START: Duration = Duration::from_secs(2);
+/// TCP keepalive of sockets that capture makes: idle time, interval (durations) and tries: a peer that vanished without a word
+/// is found within 2 minutes, and its memory with it.
+pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+pub const KEEPALIVE_TRIES: u32 = 4;
+
+// cluster
+
+/// Nesting and nodes of one YAML document (levels, nodes), aliases expanded: a full file of pods has some 250,000 nodes.
+pub const MANIFEST_DEPTH: usize = 64;
+pub const MANIFEST_NODES: usize = 1_000_000;
+/// `List` kinds inside one another (levels).
+pub const MANIFEST_LISTS: usize = 4;
+/// The directory is read after this long without a change in it, at the latest after the second (duration): writers that
+/// don't rename take several writes.
+pub const MANIFEST_QUIET: Duration = Duration::from_millis(50);
+pub const MANIFEST_QUIET_MAX: Duration = Duration::from_millis(500);
+/// The directory is looked at this often even when inotify says nothing (duration).
+pub const MANIFEST_POLL: Duration = Duration::from_secs(2);
+/// `serviceAccounts` in one source of an AuthorizationPolicy (names), as Istio's API has it.
+pub const SERVICE_ACCOUNTS: usize = 16;
+
+// identity
+
+/// Trust bundle file: largest (bytes), and how often it and the wall clock are looked at (duration).
+pub const BUNDLE_BYTES: u64 = 1 << 20;
+pub const BUNDLE_POLL: Duration = Duration::from_secs(2);
+/// Largest bearer token file (bytes).
+pub const TOKEN_BYTES: u64 = 64 << 10;
+/// Certificates in the CA's answer (certificates): a leaf, some intermediates, the roots of a rotation.
+pub const CHAIN_CERTIFICATES: usize = 16;
+/// Longest pause between two probes of a CA that can't be reached (duration), before jitter: a certificate is renewed
+/// within 5 s of its return.
+pub const CA_PROBE_MAX: Duration = Duration::from_secs(4);
+/// After an outage the identities that wait are spread over this much each, and this much together (duration).
+pub const RECOVERY_STEP: Duration = Duration::from_millis(20);
+pub const RECOVERY_SPREAD_MAX: Duration = Duration::from_secs(10);
+/// Shortest time between two fetches of one identity that both worked (duration): a clock that jumps, or a CA with
+/// absurd lifetimes, makes no storm.
+pub const RENEWAL_PAUSE: Duration = Duration::from_secs(1);
+/// Largest certificate request and largest gRPC request around it (bytes). A P-256 request is 400 bytes.
+pub const CSR_BYTES: usize = 8 << 10;
+pub const CA_REQUEST_BYTES: usize = 16 << 10;
+/// Largest answer of a CA (bytes).
+pub const CA_ANSWER_BYTES: usize = 256 << 10;
+/// Connections that the CA holds at a time (connections), and requests under way on each (requests).
+pub const CA_CONNECTIONS: usize = 1_024;
+pub const CA_STREAMS: u32 = 32;
+/// How long the CA takes for one request at most, and to finish those under way when it stops (duration).
+pub const CA_REQUEST: Duration = Duration::from_secs(5);
+pub const CA_DRAIN: Duration = Duration::from_secs(5);
+/// How far a certificate is backdated for nodes whose clock is slow (duration); a tenth of its lifetime if that is less.
+pub const CLOCK_SKEW: Duration = Duration::from_secs(120);
+/// Lifetime of the CA's own TLS certificate (duration); it renews itself at half of it.
+pub const CA_TLS_LIFETIME: Duration = Duration::from_secs(24 * 3_600);
+
+// tunnel
+
+/// Connections that the pool opens to one peer at most (connections): enough for [`CONNECTIONS_PER_POD`] streams, so
+/// that only a pod that is at its own cap ever meets it.
+pub const CONNECTIONS_PER_PEER_MAX: usize = CONNECTIONS_PER_POD / STREAMS_PER_CONNECTION as usize;
+/// A pooled connection takes no new stream after this (duration): a certificate lives an hour, and no new stream rides
+/// one that has ended.
+pub const TUNNEL_AGE: Duration = Duration::from_secs(50 * 60);
+/// The answering side asks its peer to move on (GOAWAY) after this (duration): the peer's certificate has ended by then.
+pub const TUNNEL_AGE_ANSWER: Duration = Duration::from_secs(60 * 60);
+/// A connection of which some stream waits for room while no stream gets any for this long takes no new stream
+/// (duration): a peer's connection window may be smaller than the sum of its stream windows.
+pub const CONGESTED_AFTER: Duration = Duration::from_millis(50);
+/// How often one connection attempt may meet a pooled connection that is going away before it fails (times).
+pub const STALE_TUNNELS: usize = 8;
+/// Reads of at most this much are copied out of the relay buffer, so that a queued small message does not hold a whole
+/// buffer (bytes).
+pub const RELAY_COPY: usize = 2 << 10;
+/// Pieces that one vectored write to an app takes at most (pieces): beyond it the system call dominates no more.
+pub const RELAY_PIECES: usize = 64;
+/// How often a relay that can't read looks whether its socket was reset (duration).
+pub const RELAY_LOOK: Duration = Duration::from_secs(2);
+/// One read of a TLS connection (bytes): rustls alone asks the kernel for 4 KiB at a time.
+pub const TLS_READ: usize = 64 << 10;
+/// Plaintext that a TLS connection holds for writing at most (bytes): one large frame at a time.
+pub const TLS_WRITE: usize = 256 << 10;
+/// Failed accepts and refused connections are logged at most this often per pod (duration).
+pub const ACCEPT_LOG: Duration = Duration::from_secs(1);
+
+// telemetry and life
+
+/// Label sets of gone workloads are forgotten after this long without an event (duration): two missed scrapes at the
+/// slowest interval that is usual.
+pub const METRIC_IDLE: Duration = Duration::from_secs(600);
+/// How often they are looked for (duration).
+pub const METRIC_SWEEP: Duration = Duration::from_secs(60);
+/// Pairs of reason and policy in the metric of denials (series); past it the policy is `overflow`.
+pub const METRIC_DENIALS: usize = 1_000;
+/// Longest error text in an access-log line (bytes).
+pub const LOG_DETAIL: usize = 512;
+/// Lines of the agent's own log queued for writing (lines); past it lines are dropped.
+pub const OWN_LOG_LINES: usize = 10_000;
+/// From an accepted connection on the metrics, readiness or admin endpoint to its complete request head (duration).
+pub const ADMIN_HEAD: Duration = Duration::from_secs(3);
+/// Longest life of such a connection (duration): a scrape of every series over a slow link takes seconds.
+pub const ADMIN_CONNECTION: Duration = Duration::from_secs(15);
+/// Longest answer that the command line reads from the agent (bytes), and how long it waits for it (duration).
+pub const ADMIN_ANSWER: usize = 256 << 20;
+pub const ADMIN_ANSWER_WAIT: Duration = Duration::from_secs(10);
+/// Pods whose programs are loaded or proven at a time (pods): loading is CPU work of milliseconds, probing waits.
+pub const ENROLMENTS: usize = 16;
+/// One step of an enrolment: load, prove, withdraw or write the destinations (duration).
+pub const ENROL_STEP: Duration = Duration::from_secs(20);
+/// Backoff of a pod that could not be enrolled and of failed steps (duration), doubled each time, with jitter.
+pub const ENROL_BACKOFF_MIN: Duration = Duration::from_millis(500);
+pub const ENROL_BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// How often drain and readiness look at what they wait for (duration).
+pub const WATCH_INTERVAL: Duration = Duration::from_millis(50);
+/// How long cut connections may take to tell of their end before the agent exits (duration).
+pub const CUT_WAIT: Duration = Duration::from_secs(1);

@@ -1,0 +1,23 @@
+//! The agent's own life: start, enrolment of this node's pods, readiness, drain, limits.
+//!
+//! It moves the other stages and never touches a connection's bytes.
+//!
+//! - [`config`]: what was typed, and what it means
+//! - [`start`]: makes the stages in journey order and runs them until a signal
+//! - [`enrol`] follows the snapshot; [`keeper`] keeps one pod captured, served and proven
+//! - [`readiness`], [`admin`]: what is told of it, over [`http`]
+//! - [`drain`]: how it ends
+
+pub mod admin;
+pub mod config;
+pub mod drain;
+pub mod enrol;
+mod http;
+mod keeper;
+pub mod limits;
+pub mod log;
+pub mod readiness;
+pub mod start;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,368 @@
+//! Makes the stages in the order of the journey, runs them until a signal, and drains.
+
+use std::{io, sync::Arc};
+
+use arc_swap::ArcSwap;
+use axum::{Router, extract::State, http::StatusCode, routing::get};
+use nix::sys::{
+    prctl,
+    resource::{Resource, getrlimit, setrlimit},
+};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{Signal, SignalKind, signal},
+    time::{interval, sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    admin::{AdminError, Answers, CertificateLine, ConnectionLine, PodLine, Socket, Status},
+    config::Config,
+    drain::drain,
+    enrol::Enrolment,
+    http,
+    keeper::Pods,
+    limits,
+    readiness::{self, Blocker, Readiness},
+};
+use crate::{
+    capture::{self, CaptureConfig, CaptureError, ProbeCommand},
+    cluster::{self, SourceError},
+    identity::{CaClientConfig, Certificates, IdentityError},
+    policy::Rulebook,
+    telemetry::{AccessLog, Destination, PodReport, Sources, Telemetry, TelemetryError},
+    tunnel::{Context, Observer, Registry},
+};
+
+/// Why the agent could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("{0}: {1}")]
+    System(&'static str, io::Error),
+    #[error("can't listen on {0}: {1}")]
+    Listen(std::net::SocketAddr, io::Error),
+    #[error("another crypto provider is installed")]
+    Crypto,
+    #[error(transparent)]
+    Admin(#[from] AdminError),
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    #[error(transparent)]
+    Cluster(#[from] SourceError),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    #[error(transparent)]
+    Telemetry(#[from] TelemetryError),
+}
+
+impl StartError {
+    /// Stable name: log key.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::System(..) => "system",
+            Self::Listen(..) => "listen",
+            Self::Crypto => "crypto_provider",
+            Self::Admin(error) => error.reason(),
+            Self::Capture(error) => error.reason(),
+            Self::Cluster(error) => error.reason(),
+            Self::Identity(error) => error.reason(),
+            Self::Telemetry(error) => error.reason(),
+        }
+    }
+}
+
+/// Runs the agent until a signal ends it.
+///
+/// # Errors
+/// When a stage can't start.
+pub fn run(config: Config) -> Result<(), StartError> {
+    prepare_process()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(config.workers)
+        .thread_name("heddle")
+        .enable_all()
+        .build()
+        .map_err(|error| StartError::System("can't start the runtime", error))?;
+    let ended = runtime.block_on(agent(config));
+    // What is still there was cut, and told of.
+    runtime.shutdown_timeout(limits::CUT_WAIT);
+    ended
+}
+
+/// Installs the one crypto provider of the tree.
+///
+/// # Errors
+/// When there is another one.
+pub fn install_crypto() -> Result<(), StartError> {
+    rustls::crypto::aws_lc_rs::default_provider().install_default().map_err(|_| StartError::Crypto)
+}
+
+fn prepare_process() -> Result<(), StartError> {
+    install_crypto()?;
+    // Keys are in this memory: no core dumps, no ptrace by others of the same user.
+    prctl::set_dumpable(false).map_err(|error| StartError::System("can't make memory undumpable", error.into()))?;
+    // A relayed connection is two descriptors, and 1,024 is what many systems start with.
+    let limits = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+        Ok((soft, hard))
+    });
+    let (soft, hard) =
+        limits.map_err(|error| StartError::System("can't raise the limit of open files", error.into()))?;
+    tracing::debug!(soft, hard, "Limit of open files raised");
+    Ok(())
+}
+
+async fn agent(config: Config) -> Result<(), StartError> {
+    let mut terminate = Terminate::new()?;
+    let readiness = Readiness::default();
+    let reading = readiness.block("the first snapshot of the cluster");
+    let mapping = readiness.block("the kernel's maps");
+    let certifying = readiness.block("a first certificate");
+    let enrolling = readiness.block("the first pass over this node's pods");
+
+    let (log, _written_at_the_end) = AccessLog::open(&config.access_log, config.log_format).map_err(|error| {
+        let path = match &config.access_log {
+            Destination::Stdout => "-".to_owned(),
+            Destination::File(path) => path.display().to_string(),
+        };
+        TelemetryError::AccessLog { path, error }
+    })?;
+    let telemetry = Arc::new(Telemetry::new(Arc::clone(&config.cluster_id), log)?);
+
+    // Bound first: of two agents on one node the second must end before it touches anything.
+    let admin = Socket::bind(&config.admin_socket).await?;
+    let metrics = bind(config.metrics_listen).await?;
+    let ready = bind(config.readiness_listen).await?;
+    let serving = CancellationToken::new();
+    tokio::spawn(http::serve(ready, readiness::router(readiness.clone()), |_| true, serving.clone()));
+
+    let capture =
+        capture::Handle::start(CaptureConfig { bpffs: config.bpffs.clone(), probe: ProbeCommand::default() }).await?;
+    drop(mapping);
+    let (view, source) = read_cluster(&config).await?;
+    drop(reading);
+    let certificates = Certificates::start(CaClientConfig {
+        address: config.ca_address.clone(),
+        server_name: config.ca_name.clone(),
+        root_certificate: config.ca_root.clone(),
+        token_file: config.ca_token_file.clone(),
+        cluster_id: config.cluster_id.to_string(),
+        trust_domain: config.trust_domain.clone(),
+        lifetime: config.certificate_lifetime,
+    })?;
+    let context = Context {
+        capture,
+        cluster: view.clone(),
+        certificates,
+        rules: Arc::new(ArcSwap::from_pointee(Rulebook::compile(&view.load()))),
+        registry: Registry::default(),
+        observer: Arc::clone(&telemetry) as Arc<dyn Observer>,
+        cluster_id: Arc::clone(&config.cluster_id),
+        node: Arc::clone(&config.node),
+    };
+    let pods = Pods::default();
+    let known = Known {
+        context: context.clone(),
+        pods: pods.clone(),
+        problems: source.problems(),
+        readiness: readiness.clone(),
+    };
+    tokio::spawn(http::serve(
+        metrics,
+        metrics_router(Arc::clone(&telemetry), known.sources()),
+        |_| true,
+        serving.clone(),
+    ));
+    let admin = tokio::spawn(admin.serve(known.answers(), serving.clone()));
+
+    let stop = CancellationToken::new();
+    let enrolment =
+        Enrolment::new(context.clone(), Arc::clone(&config.node), pods, config.drain_grace, enrolling, stop.clone());
+    let enrolment = tokio::spawn(enrolment.run(view.clone()));
+    tokio::spawn(first_certificate(context.certificates.clone(), readiness.clone(), certifying));
+    tokio::spawn(sweep(telemetry, view, stop.clone()));
+    tracing::info!(
+        node = %config.node,
+        version = env!("CARGO_PKG_VERSION"),
+        workers = config.workers,
+        trust_domain = %config.trust_domain,
+        "Agent runs"
+    );
+
+    terminate.next().await;
+    let _draining = readiness.block("the agent's end: it drains");
+    tracing::info!(carried = context.registry.live().len(), grace = ?config.drain_grace, "Agent drains");
+    stop.cancel();
+    if timeout(limits::ENROL_STEP, enrolment).await.is_err() {
+        tracing::warn!("Enrolment did not stop in time");
+    }
+    let drained = drain(&context.registry, config.drain_grace, terminate.next()).await;
+    tracing::info!("drained: {} completed, {} cut", drained.completed, drained.cut);
+    serving.cancel();
+    let _how_it_ended = timeout(limits::CUT_WAIT, admin).await;
+    drop(source);
+    Ok(())
+}
+
+async fn bind(address: std::net::SocketAddr) -> Result<TcpListener, StartError> {
+    TcpListener::bind(address).await.map_err(|error| StartError::Listen(address, error))
+}
+
+/// Reading the directory blocks.
+async fn read_cluster(config: &Config) -> Result<(cluster::View, cluster::Source), StartError> {
+    let manifests = config.manifests.clone();
+    let settings =
+        cluster::Settings { root_namespace: Arc::clone(&config.root_namespace), ..cluster::Settings::default() };
+    tokio::task::spawn_blocking(move || cluster::Source::start(manifests, settings))
+        .await
+        .map_err(|error| StartError::System("can't read the manifests", error.into()))?
+        .map_err(Into::into)
+}
+
+/// SIGTERM and SIGINT.
+struct Terminate {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Terminate {
+    fn new() -> Result<Self, StartError> {
+        let listen = |kind| signal(kind).map_err(|error| StartError::System("can't handle signals", error));
+        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// What the stages know, for those who ask.
+struct Known {
+    context: Context,
+    pods: Pods,
+    problems: tokio::sync::watch::Receiver<Arc<[cluster::Problem]>>,
+    readiness: Readiness,
+}
+
+impl Known {
+    fn pods(context: &Context, pods: &Pods) -> Vec<PodReport> {
+        let counts: std::collections::HashMap<_, _> =
+            context.capture.status().into_iter().map(|status| (status.uid, status.counts)).collect();
+        let mut pods = pods.list();
+        for pod in &mut pods {
+            pod.counts = counts.get(&pod.uid).copied().unwrap_or_default();
+        }
+        pods
+    }
+
+    fn sources(&self) -> Sources {
+        let (live, capture, certificates, rules) =
+            (self.context.clone(), self.context.clone(), self.context.clone(), self.context.clone());
+        let (pods, problems) = (self.pods.clone(), self.problems.clone());
+        Sources {
+            live: Box::new(move || live.registry.live()),
+            pods: Box::new(move || Self::pods(&capture, &pods)),
+            certificates: Box::new(move || certificates.certificates.list()),
+            manifest_problems: Box::new(move || problems.borrow().len()),
+            policy_problems: Box::new(move || rules.rules.load().problems().len()),
+        }
+    }
+
+    fn answers(self) -> Answers {
+        let (live, certificates) = (self.context.registry.clone(), self.context.certificates.clone());
+        Answers {
+            connections: Box::new(move || {
+                let mut lines: Vec<_> =
+                    live.live().iter().map(|connection| ConnectionLine::from(&**connection)).collect();
+                lines.sort_by_key(|line| line.id);
+                lines
+            }),
+            certificates: Box::new(move || {
+                let now = std::time::SystemTime::now();
+                let mut lines: Vec<_> =
+                    certificates.list().iter().map(|status| CertificateLine::new(status, now)).collect();
+                lines.sort_by(|one, other| one.identity.cmp(&other.identity));
+                lines
+            }),
+            status: Box::new(move || {
+                let waiting_for = self.readiness.waiting_for();
+                let mut pods: Vec<_> = Self::pods(&self.context, &self.pods).iter().map(PodLine::from).collect();
+                pods.sort_by(|one, other| (&one.namespace, &one.name).cmp(&(&other.namespace, &other.name)));
+                let rules = self.context.rules.load();
+                Status {
+                    node: self.context.node.to_string(),
+                    version: env!("CARGO_PKG_VERSION").to_owned(),
+                    ready: waiting_for.is_empty(),
+                    waiting_for: waiting_for.into_iter().map(str::to_owned).collect(),
+                    pods,
+                    manifest_problems: self
+                        .problems
+                        .borrow()
+                        .iter()
+                        .map(|problem| {
+                            format!("{}: {}; {}", problem.file.display(), problem.error, problem.error.fix())
+                        })
+                        .collect(),
+                    policy_problems: rules
+                        .problems()
+                        .iter()
+                        .map(|problem| {
+                            let (kind, effect) = (problem.kind.as_str(), problem.effect);
+                            format!("{kind} {}: {}: {} ({effect:?})", problem.policy, problem.field, problem.fix)
+                        })
+                        .collect(),
+                }
+            }),
+        }
+    }
+}
+
+/// Prometheus' text format.
+const EXPOSITION: [(&str, &str); 1] = [("content-type", "text/plain; version=0.0.4; charset=utf-8")];
+
+/// `GET /metrics` and, where Istio's scrapers look, `/stats/prometheus`.
+fn metrics_router(telemetry: Arc<Telemetry>, sources: Sources) -> Router {
+    type Scraped = (Arc<Telemetry>, Arc<Sources>);
+    async fn scrape(
+        State((telemetry, sources)): State<Scraped>,
+    ) -> Result<([(&'static str, &'static str); 1], String), (StatusCode, String)> {
+        // Reading kernel counters and making text is CPU work, of milliseconds with many pods.
+        match tokio::task::spawn_blocking(move || telemetry.scrape(&sources)).await {
+            Ok(Ok(text)) => Ok((EXPOSITION, text)),
+            Ok(Err(error)) => Err((StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
+            Err(error) => Err((StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
+        }
+    }
+    Router::new()
+        .route("/metrics", get(scrape))
+        .route("/stats/prometheus", get(scrape))
+        .with_state((telemetry, Arc::new(sources)))
+}
+
+/// Holds `blocker` until the first certificate is there, or the first pass found no pod that needs one.
+async fn first_certificate(certificates: Certificates, readiness: Readiness, blocker: Blocker) {
+    loop {
+        let list = certificates.list();
+        let others_wait = readiness.waiting_for().len() > 1;
+        if list.iter().any(|status| status.not_after.is_some()) || list.is_empty() && !others_wait {
+            return drop(blocker);
+        }
+        sleep(limits::WATCH_INTERVAL).await;
+    }
+}
+
+/// Forgets metrics of workloads that are gone.
+async fn sweep(telemetry: Arc<Telemetry>, view: cluster::View, stop: CancellationToken) {
+    let mut due = interval(limits::METRIC_SWEEP);
+    let sweeping = async {
+        loop {
+            due.tick().await;
+            telemetry.expire(&view.load());
+        }
+    };
+    let _stopped: Option<std::convert::Infallible> = stop.run_until_cancelled(sweeping).await;
+}

@@ -1,0 +1,255 @@
+//! One line per connection, at its end: who talked to whom, how it was protected, how much, and why it ended.
+//!
+//! Lines go through a bounded queue to a thread of their own. A reader that can't keep up costs lines, which are
+//! counted, never traffic. Whatever a peer or an error text holds, a line stays one line.
+
+use std::{
+    borrow::Cow,
+    fs::OpenOptions,
+    io::{self, Write},
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
+
+use serde::Serialize;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
+
+use super::metrics::{direction_name, security_name};
+use crate::{
+    life::limits,
+    tunnel::{Direction, End, Flow, Security},
+};
+
+/// How lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Format {
+    /// `time TAB level TAB target TAB message TAB key=value …`.
+    #[default]
+    Text,
+    /// One JSON object.
+    Json,
+}
+
+/// Where lines go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Destination {
+    Stdout,
+    /// Appended to, so that a log rotation that truncates works.
+    File(PathBuf),
+}
+
+/// The access log.
+#[derive(Debug, Clone)]
+pub struct AccessLog {
+    format: Format,
+    writer: NonBlocking,
+    dropped: ErrorCounter,
+}
+
+impl AccessLog {
+    /// Opens the destination. Dropping the guard writes what is queued.
+    ///
+    /// # Errors
+    /// When the file can't be opened for appending.
+    pub fn open(destination: &Destination, format: Format) -> io::Result<(Self, WorkerGuard)> {
+        match destination {
+            Destination::Stdout => Ok(Self::to(io::stdout(), format, limits::LOG_LINES)),
+            Destination::File(path) => {
+                Ok(Self::to(OpenOptions::new().append(true).create(true).open(path)?, format, limits::LOG_LINES))
+            }
+        }
+    }
+
+    /// A log that writes to `writer` on a thread of its own and queues at most `lines`.
+    pub(super) fn to(writer: impl Write + Send + 'static, format: Format, lines: usize) -> (Self, WorkerGuard) {
+        let (writer, guard) = NonBlockingBuilder::default()
+            .lossy(true)
+            .buffered_lines_limit(lines)
+            .thread_name("access-log")
+            .finish(writer);
+        (Self { format, dropped: writer.error_counter(), writer }, guard)
+    }
+
+    /// Queues a connection's line, or drops it and counts that.
+    pub fn write(&self, record: &Record<'_>) {
+        let line = record.line(self.format);
+        // Lossy: it never blocks, and a line that does not fit is in `dropped`.
+        let _always_ok = self.writer.clone().write_all(&line);
+    }
+
+    /// Lines dropped so far.
+    #[must_use]
+    pub fn dropped(&self) -> u64 {
+        self.dropped.dropped_lines() as u64
+    }
+}
+
+/// What one line tells.
+#[derive(Debug)]
+pub struct Record<'a> {
+    pub time: SystemTime,
+    pub flow: &'a Flow,
+    pub end: &'a End,
+    /// Bytes from client to app and from app to client, and the time it lasted; `None` when it failed before a byte.
+    pub carried: Option<((u64, u64), Duration)>,
+}
+
+enum Value<'a> {
+    /// Can hold anything: quoted and escaped in both formats.
+    Text(Cow<'a, str>),
+    /// Made of characters that need no quotes in the text format: addresses.
+    Word(String),
+    Number(u64),
+}
+
+impl Record<'_> {
+    /// The line with its line feed.
+    #[must_use]
+    pub fn line(&self, format: Format) -> Vec<u8> {
+        let time = humantime::format_rfc3339_micros(self.time).to_string();
+        let (level, message) = match (self.end, &self.carried) {
+            (End::Complete, _) => ("info", "connection complete"),
+            (End::Failed { .. }, _) => ("warn", "connection failed"),
+            (End::Denied(_), _) => ("warn", "connection denied"),
+        };
+        let fields = self.fields();
+        let mut line = Vec::with_capacity(768);
+        match format {
+            Format::Text => {
+                line.extend_from_slice(format!("{time}\t{level}\taccess\t{message}").as_bytes());
+                for (index, (key, value)) in fields.iter().enumerate() {
+                    line.push(if index == 0 { b'\t' } else { b' ' });
+                    line.extend_from_slice(key.as_bytes());
+                    line.push(b'=');
+                    match value {
+                        Value::Text(text) => quote(&mut line, text),
+                        Value::Word(word) => line.extend_from_slice(word.as_bytes()),
+                        Value::Number(number) => line.extend_from_slice(number.to_string().as_bytes()),
+                    }
+                }
+            }
+            Format::Json => {
+                line.push(b'{');
+                for (key, value) in [("time", &*time), ("level", level), ("target", "access"), ("message", message)] {
+                    member(&mut line, key);
+                    quote(&mut line, value);
+                }
+                for (key, value) in &fields {
+                    member(&mut line, key);
+                    match value {
+                        Value::Text(text) => quote(&mut line, text),
+                        Value::Word(word) => quote(&mut line, word),
+                        Value::Number(number) => line.extend_from_slice(number.to_string().as_bytes()),
+                    }
+                }
+                line.push(b'}');
+            }
+        }
+        line.push(b'\n');
+        line
+    }
+
+    /// The fields in order, those without a value left out.
+    fn fields(&self) -> Vec<(&'static str, Value<'_>)> {
+        let flow = self.flow;
+        let authenticated = flow.security == Security::MutualTls;
+        let text = |value: &str| (!value.is_empty()).then(|| Value::Text(Cow::Owned(value.to_owned())));
+        let source = flow.source_workload.as_deref();
+        let destination = flow.destination_workload.as_deref();
+        let identity = |id: &Option<crate::identity::SpiffeId>| {
+            id.as_ref().filter(|_| authenticated).and_then(|id| text(id.as_str()))
+        };
+        let sent_and_received = self.carried.map(|((to_app, to_client), _)| match flow.direction {
+            Direction::Outbound => (to_app, to_client),
+            Direction::Inbound => (to_client, to_app),
+        });
+        let (flags, reason, policy, error) = self.outcome();
+        let fields = [
+            ("src.addr", Some(Value::Word(flow.source.to_string()))),
+            ("src.workload", source.and_then(|workload| text(&workload.name))),
+            ("src.namespace", source.and_then(|workload| text(&workload.namespace))),
+            ("src.identity", identity(&flow.source_principal)),
+            ("dst.addr", Some(Value::Word(flow.destination.to_string()))),
+            ("dst.hbone_addr", flow.hbone_target.map(|target| Value::Word(target.to_string()))),
+            ("dst.service", flow.destination_service.as_deref().and_then(|service| text(&service.hostname))),
+            ("dst.workload", destination.and_then(|workload| text(&workload.name))),
+            ("dst.namespace", destination.and_then(|workload| text(&workload.namespace))),
+            ("dst.identity", identity(&flow.destination_principal)),
+            ("direction", text(direction_name(flow.direction))),
+            ("security", text(security_name(flow.security))),
+            ("bytes_sent", sent_and_received.map(|(sent, _)| Value::Number(sent))),
+            ("bytes_recv", sent_and_received.map(|(_, received)| Value::Number(received))),
+            ("duration", self.carried.and_then(|(_, lasted)| text(&format!("{}ms", lasted.as_millis())))),
+            ("response_flags", text(flags)),
+            ("reason", text(reason)),
+            ("policy", text(&policy)),
+            ("error", text(&error)),
+            ("trace_id", text(&flow.trace_id)),
+        ];
+        fields.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
+    }
+
+    /// Response flags, reason, policy that denied, error text.
+    fn outcome(&self) -> (&'static str, &'static str, String, String) {
+        match self.end {
+            End::Complete => (response_flags(self.end), "", String::new(), String::new()),
+            End::Failed { reason, detail, .. } => {
+                let end = detail.floor_char_boundary(limits::LOG_DETAIL);
+                (response_flags(self.end), reason, String::new(), detail[..end].to_owned())
+            }
+            End::Denied(denial) => {
+                let policy = denial.policy().map(|policy| policy.to_string()).unwrap_or_default();
+                let error = match self.carried {
+                    Some(_) => format!("connection closed due to policy change: {denial}"),
+                    None => denial.to_string(),
+                };
+                (response_flags(self.end), denial.reason(), policy, error)
+            }
+        }
+    }
+}
+
+/// `response_flags` of metrics and log: `-`, `DENY`, or what the tunnel says of a failure.
+#[must_use]
+pub fn response_flags(end: &End) -> &'static str {
+    match end {
+        End::Complete => super::traffic::NO_FLAGS,
+        End::Failed { response_flags, .. } => response_flags,
+        End::Denied(_) => "DENY",
+    }
+}
+
+fn member(line: &mut Vec<u8>, key: &str) {
+    if line.len() > 1 {
+        line.push(b',');
+    }
+    quote(line, key);
+    line.push(b':');
+}
+
+fn quote(line: &mut Vec<u8>, text: &str) {
+    let mut serializer = serde_json::Serializer::with_formatter(line, OneLine);
+    // A string into a Vec: neither can fail.
+    let _always_ok = text.serialize(&mut serializer);
+}
+
+/// JSON strings in which also those characters are escaped that a terminal or a log reader may act on: DEL and the
+/// C1 controls, line and paragraph separators, and the marks that reverse the direction of text.
+struct OneLine;
+
+impl serde_json::ser::Formatter for OneLine {
+    fn write_string_fragment<W: ?Sized + Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
+        let mut rest = fragment;
+        while let Some((at, found)) = rest.char_indices().find(|(_, character)| acts(*character)) {
+            writer.write_all(&rest.as_bytes()[..at])?;
+            write!(writer, "\\u{:04x}", u32::from(found))?;
+            rest = &rest[at + found.len_utf8()..];
+        }
+        writer.write_all(rest.as_bytes())
+    }
+}
+
+/// All of them are in the basic plane, so one `\uXXXX` is enough.
+fn acts(character: char) -> bool {
+    matches!(character, '\u{7f}'..='\u{9f}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+}

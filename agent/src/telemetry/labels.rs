@@ -1,0 +1,152 @@
+//! The labels of the `istio_tcp_*` metrics: what a connection is called when it is counted.
+//!
+//! Values come only from the cluster snapshot and from verified identities, never from what a peer wrote, so a peer can't
+//! make series. The byte directions are decided in [`super::traffic`].
+
+use std::sync::{Arc, LazyLock};
+
+use crate::{
+    cluster::Workload,
+    identity::SpiffeId,
+    tunnel::{Direction, Flow, Security},
+};
+
+/// Label names in Istio's order, without `response_flags`, which is put in at [`FLAGS_AT`]: it changes at the end.
+pub(super) const NAMES: [&str; COUNT] = [
+    "reporter",
+    "source_workload",
+    "source_canonical_service",
+    "source_canonical_revision",
+    "source_workload_namespace",
+    "source_principal",
+    "source_app",
+    "source_version",
+    "source_cluster",
+    "destination_service",
+    "destination_service_namespace",
+    "destination_service_name",
+    "destination_workload",
+    "destination_canonical_service",
+    "destination_canonical_revision",
+    "destination_workload_namespace",
+    "destination_principal",
+    "destination_app",
+    "destination_version",
+    "destination_cluster",
+    "request_protocol",
+    "connection_security_policy",
+];
+const COUNT: usize = 22;
+/// Where `response_flags` stands among the names.
+pub(super) const FLAGS_AT: usize = 21;
+
+/// What Istio calls a value that it does not know.
+const UNKNOWN: &str = "unknown";
+/// Value of the labels under which events count once the table is full.
+const OVERFLOW: &str = "overflow";
+
+static UNKNOWN_VALUE: LazyLock<Arc<str>> = LazyLock::new(|| UNKNOWN.into());
+static OVERFLOW_VALUE: LazyLock<Arc<str>> = LazyLock::new(|| OVERFLOW.into());
+static TCP: LazyLock<Arc<str>> = LazyLock::new(|| "tcp".into());
+static SOURCE: LazyLock<Arc<str>> = LazyLock::new(|| "source".into());
+static DESTINATION: LazyLock<Arc<str>> = LazyLock::new(|| "destination".into());
+static MUTUAL_TLS: LazyLock<Arc<str>> = LazyLock::new(|| "mutual_tls".into());
+static NONE: LazyLock<Arc<str>> = LazyLock::new(|| "none".into());
+
+/// One label set, values in the order of [`NAMES`].
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Labels {
+    pub values: [Arc<str>; COUNT],
+}
+
+impl Labels {
+    /// The labels of a flow. `cluster` is the name of the cluster that known workloads belong to.
+    pub fn of(flow: &Flow, cluster: &Arc<str>) -> Self {
+        let authenticated = flow.security == Security::MutualTls;
+        let [s1, s2, s3, s4, s5, s6, s7, s8] =
+            side(flow.source_workload.as_deref(), flow.source_principal.as_ref().filter(|_| authenticated), cluster);
+        let [d1, d2, d3, d4, d5, d6, d7, d8] = side(
+            flow.destination_workload.as_deref(),
+            flow.destination_principal.as_ref().filter(|_| authenticated),
+            cluster,
+        );
+        let service = flow.destination_service.as_deref();
+        Self {
+            values: [
+                reporter(flow.direction),
+                s1,
+                s2,
+                s3,
+                s4,
+                s5,
+                s6,
+                s7,
+                s8,
+                known(service.map(|service| &service.hostname)),
+                known(service.map(|service| &service.namespace)),
+                known(service.map(|service| &service.name)),
+                d1,
+                d2,
+                d3,
+                d4,
+                d5,
+                d6,
+                d7,
+                d8,
+                Arc::clone(&TCP),
+                security(flow.security),
+            ],
+        }
+    }
+
+    /// The label set that takes what no longer fits: true `reporter`, protocol and security, all else `overflow`.
+    pub fn overflow(direction: Direction, security_policy: Security) -> Self {
+        let mut values = std::array::from_fn(|_| Arc::clone(&OVERFLOW_VALUE));
+        values[0] = reporter(direction);
+        values[COUNT - 2] = Arc::clone(&TCP);
+        values[COUNT - 1] = security(security_policy);
+        Self { values }
+    }
+
+    /// `(namespace, workload)` of each end that was known.
+    pub fn workloads(&self) -> impl Iterator<Item = (&str, &str)> {
+        [(4, 1), (15, 12)]
+            .into_iter()
+            .map(|(namespace, workload)| (&*self.values[namespace], &*self.values[workload]))
+            .filter(|(_, workload)| *workload != UNKNOWN && *workload != OVERFLOW)
+    }
+}
+
+/// Workload, canonical service and revision, namespace, principal, app, version, cluster of one end.
+fn side(workload: Option<&Workload>, principal: Option<&SpiffeId>, cluster: &Arc<str>) -> [Arc<str>; 8] {
+    let naming = workload.map(|workload| &workload.naming);
+    [
+        known(naming.map(|naming| &naming.workload)),
+        known(naming.map(|naming| &naming.canonical_name)),
+        known(naming.map(|naming| &naming.canonical_revision)),
+        known(workload.map(|workload| &workload.namespace)),
+        principal.map_or_else(|| Arc::clone(&UNKNOWN_VALUE), |principal| Arc::from(principal.as_str())),
+        known(naming.map(|naming| &naming.app)),
+        known(naming.map(|naming| &naming.version)),
+        known(workload.map(|_| cluster)),
+    ]
+}
+
+fn known(value: Option<&Arc<str>>) -> Arc<str> {
+    Arc::clone(value.filter(|value| !value.is_empty()).unwrap_or(&UNKNOWN_VALUE))
+}
+
+fn reporter(direction: Direction) -> Arc<str> {
+    Arc::clone(match direction {
+        Direction::Outbound => &SOURCE,
+        Direction::Inbound => &DESTINATION,
+    })
+}
+
+/// Never `unknown`: whether the bytes are protected is the question that the label answers.
+fn security(security: Security) -> Arc<str> {
+    Arc::clone(match security {
+        Security::MutualTls => &MUTUAL_TLS,
+        Security::None => &NONE,
+    })
+}

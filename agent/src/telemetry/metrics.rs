@@ -1,0 +1,256 @@
+//! What `/metrics` answers: the traffic counters, and what the other stages know at the moment of the scrape.
+//!
+//! Nothing here blocks the data plane: stages are asked through [`Sources`], events only add to counters.
+
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Instant, SystemTime, UNIX_EPOCH},
+};
+
+use prometheus::{
+    IntCounterVec, Opts, Registry, TextEncoder,
+    proto::{MetricFamily, MetricType},
+};
+
+use super::{
+    families::{counter, family, gauge, label},
+    pods::{PodReport, named},
+    traffic::Traffic,
+};
+use crate::{
+    identity::CertificateStatus,
+    life::limits,
+    policy::Denial,
+    tunnel::{Connection, Direction, Security},
+};
+
+/// Where a scrape reads what other stages know right now.
+pub struct Sources {
+    pub live: Box<dyn Fn() -> Vec<Arc<Connection>> + Send + Sync>,
+    pub pods: Box<dyn Fn() -> Vec<PodReport> + Send + Sync>,
+    pub certificates: Box<dyn Fn() -> Vec<CertificateStatus> + Send + Sync>,
+    /// Manifest objects that are not in force as written.
+    pub manifest_problems: Box<dyn Fn() -> usize + Send + Sync>,
+    /// Policies that can't be enforced as written.
+    pub policy_problems: Box<dyn Fn() -> usize + Send + Sync>,
+}
+
+impl fmt::Debug for Sources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sources").finish_non_exhaustive()
+    }
+}
+
+/// Counters that events add to.
+#[derive(Debug)]
+pub(super) struct Metrics {
+    registry: Registry,
+    pub traffic: Traffic,
+    handshakes: IntCounterVec,
+    denied: IntCounterVec,
+    /// Pairs of reason and policy seen, to keep `denied` within its cap.
+    denials: std::sync::Mutex<std::collections::HashSet<(&'static str, Arc<str>)>>,
+}
+
+impl Metrics {
+    /// # Errors
+    /// Never in practice: only when two metrics had the same name.
+    pub fn new(cluster: Arc<str>) -> Result<Self, prometheus::Error> {
+        let handshakes = IntCounterVec::new(
+            Opts::new("heddle_tls_handshakes_total", "TLS handshakes by direction and result (ok or the reason)."),
+            &["direction", "result"],
+        )?;
+        let denied = IntCounterVec::new(
+            Opts::new("heddle_denied_total", "Connections that policy refused or closed, by reason and policy."),
+            &["reason", "policy"],
+        )?;
+        let registry = Registry::new();
+        registry.register(Box::new(handshakes.clone()))?;
+        registry.register(Box::new(denied.clone()))?;
+        let traffic = Traffic::new(cluster, limits::METRIC_SERIES);
+        Ok(Self { registry, traffic, handshakes, denied, denials: std::sync::Mutex::default() })
+    }
+
+    pub fn handshake(&self, direction: Direction, result: Result<(), &'static str>) {
+        let result = result.map_or_else(|reason| reason, |()| "ok");
+        self.handshakes.with_label_values(&[direction_name(direction), result]).inc();
+    }
+
+    pub fn denied(&self, denial: &Denial) {
+        let policy = denial.policy().cloned().unwrap_or_default();
+        let mut seen = self.denials.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let key = (denial.reason(), policy);
+        let fits = seen.contains(&key) || seen.len() < limits::METRIC_DENIALS && seen.insert(key.clone());
+        drop(seen);
+        self.denied.with_label_values(&[key.0, if fits { &*key.1 } else { "overflow" }]).inc();
+    }
+
+    /// The exposition in Prometheus' text format 0.0.4.
+    ///
+    /// # Errors
+    /// When a family can't be written.
+    pub fn scrape(&self, sources: &Sources, dropped_lines: u64, now: Instant) -> Result<String, prometheus::Error> {
+        self.traffic.fold(&(sources.live)(), now);
+        let mut families = self.registry.gather();
+        families.extend(self.traffic.families());
+        families.extend(pod_families(&(sources.pods)()));
+        families.extend(self.open_family());
+        families.extend(certificate_family(&(sources.certificates)()));
+        families.extend(build_families());
+        let single = [
+            (
+                "heddle_log_lines_dropped_total",
+                "Access log lines dropped because the log could not keep up.",
+                MetricType::COUNTER,
+                dropped_lines,
+            ),
+            (
+                "heddle_manifest_problems",
+                "Manifest objects that are not in force as written.",
+                MetricType::GAUGE,
+                (sources.manifest_problems)() as u64,
+            ),
+            (
+                "heddle_policy_problems",
+                "Policies that can't be enforced as written, and so deny.",
+                MetricType::GAUGE,
+                (sources.policy_problems)() as u64,
+            ),
+        ];
+        families.extend(single.into_iter().filter_map(|(name, help, kind, value)| {
+            let row = match kind {
+                MetricType::COUNTER => counter(vec![], value),
+                _ => gauge(vec![], as_f64(value)),
+            };
+            family(name, help, kind, vec![row])
+        }));
+        families.sort_by(|one, other| one.name().cmp(other.name()));
+        TextEncoder::new().encode_to_string(&families)
+    }
+
+    fn open_family(&self) -> Option<MetricFamily> {
+        let open = self.traffic.open();
+        let every = [Direction::Inbound, Direction::Outbound]
+            .into_iter()
+            .flat_map(|direction| [Security::MutualTls, Security::None].map(|security| (direction, security)));
+        let rows = every.map(|(direction, security)| {
+            let labels =
+                vec![label("direction", direction_name(direction)), label("security", security_name(security))];
+            gauge(labels, as_f64(open.get(&(direction, security)).copied().unwrap_or_default() as u64))
+        });
+        family("heddle_connections_open", "Connections that the agent carries.", MetricType::GAUGE, rows.collect())
+    }
+}
+
+fn pod_families(pods: &[PodReport]) -> impl Iterator<Item = MetricFamily> {
+    let mut uncaptured = std::collections::BTreeMap::<&'static str, u64>::new();
+    for pod in pods.iter().filter(|pod| !pod.captured()) {
+        *uncaptured.entry(pod.reason()).or_default() += 1;
+    }
+    let captured = pods.iter().filter(|pod| pod.captured()).count() as u64;
+    let identity = |pod: &PodReport| vec![label("namespace", &pod.namespace), label("pod", &pod.name)];
+    let each = pods.iter().map(|pod| {
+        let mut labels = identity(pod);
+        if !pod.captured() {
+            labels.push(label("reason", pod.reason()));
+        }
+        gauge(labels, f64::from(u8::from(pod.captured())))
+    });
+    let events = pods.iter().flat_map(|pod| {
+        named(&pod.counts).map(|(event, value)| {
+            let mut labels = identity(pod);
+            labels.push(label("event", event));
+            counter(labels, value)
+        })
+    });
+    let reasons = uncaptured.iter().map(|(reason, count)| gauge(vec![label("reason", reason)], as_f64(*count)));
+    [
+        family(
+            "heddle_pod_captured",
+            "1 while the pod's capture is proven in the kernel, else 0 with the reason.",
+            MetricType::GAUGE,
+            each.collect(),
+        ),
+        family(
+            "heddle_pod_kernel_events_total",
+            "The kernel programs' counters of the pod.",
+            MetricType::COUNTER,
+            events.collect(),
+        ),
+        family(
+            "heddle_pods_captured",
+            "Pods of this node that are proven captured.",
+            MetricType::GAUGE,
+            vec![gauge(vec![], as_f64(captured))],
+        ),
+        family(
+            "heddle_pods_uncaptured",
+            "Enrolled pods of this node that are not proven captured.",
+            MetricType::GAUGE,
+            reasons.collect(),
+        ),
+    ]
+    .into_iter()
+    .flatten()
+}
+
+fn certificate_family(certificates: &[CertificateStatus]) -> Option<MetricFamily> {
+    let rows = certificates.iter().filter_map(|certificate| {
+        let expiry = certificate.not_after?.duration_since(UNIX_EPOCH).ok()?;
+        Some(gauge(vec![label("identity", certificate.identity.as_str())], expiry.as_secs_f64()))
+    });
+    let help = "When the certificate in use expires, in seconds since the epoch.";
+    family("heddle_certificate_expiry_timestamp_seconds", help, MetricType::GAUGE, rows.collect())
+}
+
+fn build_families() -> impl Iterator<Item = MetricFamily> {
+    let version = env!("CARGO_PKG_VERSION");
+    let istio = vec![label("component", "heddle"), label("tag", version)];
+    [
+        family(
+            "heddle_build_info",
+            "The agent's version.",
+            MetricType::GAUGE,
+            vec![gauge(vec![label("version", version)], 1.0)],
+        ),
+        family(
+            "istio_build",
+            "The agent's version, where Istio's dashboards look for it.",
+            MetricType::GAUGE,
+            vec![gauge(istio, 1.0)],
+        ),
+    ]
+    .into_iter()
+    .flatten()
+}
+
+#[expect(clippy::cast_precision_loss, reason = "Prometheus samples are f64; exact to 2^53")]
+fn as_f64(value: u64) -> f64 {
+    value as f64
+}
+
+/// `inbound` or `outbound`.
+#[must_use]
+pub fn direction_name(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Inbound => "inbound",
+        Direction::Outbound => "outbound",
+    }
+}
+
+/// `mutual_tls` or `none`.
+#[must_use]
+pub fn security_name(security: Security) -> &'static str {
+    match security {
+        Security::MutualTls => "mutual_tls",
+        Security::None => "none",
+    }
+}
+
+/// Seconds from now until `moment`, negative when it has passed.
+#[must_use]
+pub fn seconds_until(moment: SystemTime, now: SystemTime) -> i64 {
+    let seconds = |duration: std::time::Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
+    moment.duration_since(now).map_or_else(|error| -seconds(error.duration()), seconds)
+}

@@ -1,0 +1,110 @@
+//! What happened: metrics and the access log.
+//!
+//! After the tunnel, which tells of each connection's start and end. It never decides about traffic and never makes it wait.
+
+mod access_log;
+mod families;
+mod labels;
+mod metrics;
+mod pods;
+#[cfg(test)]
+mod tests;
+mod traffic;
+
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+pub use access_log::{AccessLog, Destination, Format, Record, response_flags};
+pub use metrics::{Sources, direction_name, seconds_until, security_name};
+pub use pods::{PodReport, named};
+
+use crate::{
+    cluster::Snapshot,
+    life::limits,
+    tunnel::{Connection, Direction, End, Flow, Observer},
+};
+
+/// Why telemetry could not start, or a scrape could not be answered.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+    #[error("access log {path}: {error}")]
+    AccessLog { path: String, error: std::io::Error },
+}
+
+impl TelemetryError {
+    /// Stable name: metric label and log key.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Metrics(_) => "metrics",
+            Self::AccessLog { .. } => "access_log",
+        }
+    }
+}
+
+/// Metrics and access log of one agent.
+#[derive(Debug)]
+pub struct Telemetry {
+    metrics: metrics::Metrics,
+    log: AccessLog,
+}
+
+impl Telemetry {
+    /// `cluster` is the name that labels give to the cluster of known workloads.
+    ///
+    /// # Errors
+    /// Never in practice: only when two metrics had the same name.
+    pub fn new(cluster: Arc<str>, log: AccessLog) -> Result<Self, TelemetryError> {
+        Ok(Self { metrics: metrics::Metrics::new(cluster)?, log })
+    }
+
+    /// The metrics in Prometheus' text format 0.0.4, live connections included.
+    ///
+    /// # Errors
+    /// When a family can't be written.
+    pub fn scrape(&self, sources: &Sources) -> Result<String, TelemetryError> {
+        Ok(self.metrics.scrape(sources, self.log.dropped(), Instant::now())?)
+    }
+
+    /// Forgets label sets of workloads that are gone from the cluster and idle for [`limits::METRIC_IDLE`].
+    pub fn expire(&self, snapshot: &Snapshot) {
+        let present: HashSet<_> = snapshot
+            .workloads
+            .values()
+            .map(|workload| (Arc::clone(&workload.namespace), Arc::clone(&workload.naming.workload)))
+            .collect();
+        self.metrics.traffic.expire(&present, limits::METRIC_IDLE, Instant::now());
+    }
+
+    fn tell(&self, flow: &Flow, end: &End, carried: Option<((u64, u64), Duration)>) {
+        if let End::Denied(denial) = end {
+            self.metrics.denied(denial);
+        }
+        self.log.write(&Record { time: SystemTime::now(), flow, end, carried });
+    }
+}
+
+impl Observer for Telemetry {
+    fn opened(&self, connection: &Connection) {
+        self.metrics.traffic.opened(connection, Instant::now());
+    }
+
+    fn closed(&self, connection: &Connection, end: &End) {
+        self.metrics.traffic.closed(connection, response_flags(end), Instant::now());
+        self.tell(&connection.flow, end, Some((connection.bytes(), connection.opened.elapsed())));
+    }
+
+    fn failed(&self, flow: &Flow, end: &End) {
+        self.metrics.traffic.failed(flow, response_flags(end), Instant::now());
+        self.tell(flow, end, None);
+    }
+
+    fn handshake(&self, direction: Direction, result: Result<(), &'static str>) {
+        self.metrics.handshake(direction, result);
+    }
+}

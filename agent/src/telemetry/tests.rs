@@ -1,0 +1,536 @@
+//! What must hold of metrics and access log.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    io::Write,
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    AccessLog, Format, PodReport, Record, Sources, Telemetry,
+    metrics::Metrics,
+    traffic::{NO_FLAGS, Traffic},
+};
+use crate::{
+    capture::PodState,
+    cluster::{Naming, Service, Unattended, Workload},
+    identity::CertificateStatus,
+    policy::Denial,
+    tunnel::{Connection, Direction, End, Flow, Observer, Security},
+};
+
+fn workload(name: &str) -> Arc<Workload> {
+    Arc::new(Workload {
+        uid: format!("uid-{name}").into(),
+        name: format!("{name}-0").into(),
+        namespace: "shop".into(),
+        service_account: name.into(),
+        node: "node-1".into(),
+        addresses: vec![],
+        labels: BTreeMap::new(),
+        enrolled: true,
+        host_network: false,
+        ready: true,
+        terminating: false,
+        when_unattended: Unattended::Closed,
+        naming: Naming {
+            workload: name.into(),
+            workload_kind: "deployment",
+            canonical_name: name.into(),
+            canonical_revision: "v1".into(),
+            app: name.into(),
+            version: "".into(),
+        },
+        place: None,
+    })
+}
+
+fn flow(direction: Direction) -> Flow {
+    Flow {
+        direction,
+        security: Security::MutualTls,
+        source: "10.1.0.2:40000".parse().unwrap(),
+        destination: "10.2.0.3:15008".parse().unwrap(),
+        hbone_target: Some("10.2.0.3:8080".parse().unwrap()),
+        source_workload: Some(workload("client")),
+        source_principal: Some("spiffe://cluster.local/ns/shop/sa/client".parse().unwrap()),
+        destination_workload: Some(workload("server")),
+        destination_principal: Some("spiffe://cluster.local/ns/shop/sa/server".parse().unwrap()),
+        destination_service: Some(Arc::new(Service {
+            name: "server".into(),
+            namespace: "shop".into(),
+            hostname: "server.shop.svc.cluster.local".into(),
+            cluster_addresses: vec![],
+            ports: vec![],
+            endpoints: vec![],
+        })),
+        trace_id: "0af7651916cd43dd8448eb211c80319c".to_owned(),
+    }
+}
+
+fn connection(id: u64, flow: Flow) -> Arc<Connection> {
+    Arc::new(Connection {
+        id,
+        flow,
+        opened: Instant::now(),
+        sent: AtomicU64::new(0),
+        received: AtomicU64::new(0),
+        request: None,
+        cancel: CancellationToken::new(),
+        revoked: OnceLock::new(),
+    })
+}
+
+fn carry(connection: &Connection, to_app: u64, to_client: u64) {
+    connection.sent.fetch_add(to_app, Ordering::Relaxed);
+    connection.received.fetch_add(to_client, Ordering::Relaxed);
+}
+
+fn traffic(capacity: usize) -> Traffic {
+    Traffic::new("Kubernetes".into(), capacity)
+}
+
+/// Sum of a metric over the samples that have all of these labels.
+fn sum(traffic: &Traffic, metric: &str, labels: &[(&str, &str)]) -> u64 {
+    let families = traffic.families();
+    let samples = families.iter().filter(|family| family.name() == metric).flat_map(|family| family.get_metric());
+    let fits = |sample: &&prometheus::proto::Metric| {
+        labels.iter().all(|(name, value)| {
+            sample.get_label().iter().any(|label| label.name() == *name && label.value() == *value)
+        })
+    };
+    samples.filter(fits).map(|sample| sample.get_counter().get_value() as u64).sum()
+}
+
+fn lines(traffic: &Traffic) -> usize {
+    traffic.families().iter().map(|family| family.get_metric().len()).sum()
+}
+
+const SENT: &str = "istio_tcp_sent_bytes_total";
+const RECEIVED: &str = "istio_tcp_received_bytes_total";
+const OPENED: &str = "istio_tcp_connections_opened_total";
+const CLOSED: &str = "istio_tcp_connections_closed_total";
+const FAILED: &str = "istio_tcp_connections_failed_total";
+
+#[test]
+fn bytes_are_live_while_a_connection_lasts_and_exact_at_its_end() {
+    let (traffic, now) = (traffic(1_000), Instant::now());
+    let connection = connection(1, flow(Direction::Outbound));
+    traffic.opened(&connection, now);
+    carry(&connection, 10, 100);
+    traffic.fold(&[Arc::clone(&connection)], now);
+    assert_eq!((sum(&traffic, RECEIVED, &[]), sum(&traffic, SENT, &[])), (10, 100));
+    traffic.fold(&[Arc::clone(&connection)], now);
+    carry(&connection, 1, 2);
+    traffic.fold(&[Arc::clone(&connection)], now);
+    assert_eq!((sum(&traffic, RECEIVED, &[]), sum(&traffic, SENT, &[])), (11, 102));
+    carry(&connection, 5, 7);
+    traffic.closed(&connection, NO_FLAGS, now);
+    // A scrape that took its list of live connections before the close.
+    traffic.fold(&[Arc::clone(&connection)], now);
+    assert_eq!((sum(&traffic, RECEIVED, &[]), sum(&traffic, SENT, &[])), (16, 109));
+    assert_eq!((sum(&traffic, OPENED, &[]), sum(&traffic, CLOSED, &[])), (1, 1));
+}
+
+#[test]
+fn scrapes_and_closes_at_the_same_time_count_every_byte_once() {
+    const CONNECTIONS: u64 = 200;
+    const ROUNDS: u64 = 50;
+    let (traffic, now) = (Arc::new(traffic(1_000)), Instant::now());
+    let live: Vec<_> = (0..CONNECTIONS).map(|id| connection(id, flow(Direction::Inbound))).collect();
+    for connection in &live {
+        traffic.opened(connection, now);
+    }
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..ROUNDS {
+                traffic.fold(&live, now);
+            }
+        });
+        scope.spawn(|| {
+            for connection in &live {
+                for _ in 0..ROUNDS {
+                    carry(connection, 1, 3);
+                }
+                traffic.closed(connection, NO_FLAGS, now);
+            }
+        });
+    });
+    assert_eq!(sum(&traffic, RECEIVED, &[]), CONNECTIONS * ROUNDS);
+    assert_eq!(sum(&traffic, SENT, &[]), CONNECTIONS * ROUNDS * 3);
+    assert!(traffic.open().is_empty());
+}
+
+#[test]
+fn sent_is_the_response_for_either_reporter_as_istio_defines_it() {
+    let (traffic, now) = (traffic(1_000), Instant::now());
+    for (id, direction) in [(1, Direction::Outbound), (2, Direction::Inbound)] {
+        let connection = connection(id, flow(direction));
+        traffic.opened(&connection, now);
+        carry(&connection, 11, 222);
+        traffic.closed(&connection, NO_FLAGS, now);
+    }
+    for reporter in ["source", "destination"] {
+        assert_eq!(sum(&traffic, SENT, &[("reporter", reporter)]), 222, "{reporter}");
+        assert_eq!(sum(&traffic, RECEIVED, &[("reporter", reporter)]), 11, "{reporter}");
+    }
+}
+
+#[test]
+fn labels_are_istios_in_istios_order() {
+    let (traffic, now) = (traffic(1_000), Instant::now());
+    traffic.failed(&flow(Direction::Outbound), "CONNECT", now);
+    let families = traffic.families();
+    let labels: Vec<_> =
+        families[0].get_metric()[0].get_label().iter().map(|label| (label.name(), label.value())).collect();
+    assert_eq!(families[0].name(), FAILED);
+    assert_eq!(
+        labels,
+        [
+            ("reporter", "source"),
+            ("source_workload", "client"),
+            ("source_canonical_service", "client"),
+            ("source_canonical_revision", "v1"),
+            ("source_workload_namespace", "shop"),
+            ("source_principal", "spiffe://cluster.local/ns/shop/sa/client"),
+            ("source_app", "client"),
+            ("source_version", "unknown"),
+            ("source_cluster", "Kubernetes"),
+            ("destination_service", "server.shop.svc.cluster.local"),
+            ("destination_service_namespace", "shop"),
+            ("destination_service_name", "server"),
+            ("destination_workload", "server"),
+            ("destination_canonical_service", "server"),
+            ("destination_canonical_revision", "v1"),
+            ("destination_workload_namespace", "shop"),
+            ("destination_principal", "spiffe://cluster.local/ns/shop/sa/server"),
+            ("destination_app", "server"),
+            ("destination_version", "unknown"),
+            ("destination_cluster", "Kubernetes"),
+            ("request_protocol", "tcp"),
+            ("response_flags", "CONNECT"),
+            ("connection_security_policy", "mutual_tls"),
+        ]
+    );
+}
+
+#[test]
+fn plaintext_is_none_and_proves_no_principal() {
+    let (traffic, now) = (traffic(1_000), Instant::now());
+    traffic.failed(&Flow { security: Security::None, ..flow(Direction::Outbound) }, NO_FLAGS, now);
+    let plain =
+        [("connection_security_policy", "none"), ("source_principal", "unknown"), ("destination_principal", "unknown")];
+    assert_eq!(sum(&traffic, FAILED, &plain), 1);
+}
+
+#[test]
+fn the_table_stays_within_its_cap_and_counts_the_rest_under_overflow() {
+    const CAPACITY: usize = 40;
+    let (traffic, now) = (traffic(CAPACITY), Instant::now());
+    let mut live = Vec::new();
+    for id in 0..100 {
+        let flow = Flow { source_workload: Some(workload(&format!("client-{id}"))), ..flow(Direction::Inbound) };
+        let connection = connection(id, flow);
+        traffic.opened(&connection, now);
+        carry(&connection, 1, 2);
+        live.push(connection);
+    }
+    traffic.fold(&live, now);
+    for (index, connection) in live.iter().enumerate() {
+        traffic.closed(connection, if index % 2 == 0 { NO_FLAGS } else { "CONNECT" }, now);
+        traffic.failed(&connection.flow, "DENY", now);
+    }
+    for (metric, wanted) in [(OPENED, 100), (RECEIVED, 100), (SENT, 200), (CLOSED, 100), (FAILED, 100)] {
+        assert_eq!(sum(&traffic, metric, &[]), wanted, "{metric}");
+    }
+    let overflow =
+        [("source_workload", "overflow"), ("reporter", "destination"), ("connection_security_policy", "mutual_tls")];
+    assert!(sum(&traffic, OPENED, &overflow) >= 90);
+    // What overflow itself shows: opened, sent, received, closed with two flags, failed.
+    assert!(lines(&traffic) <= CAPACITY + 6, "{}", lines(&traffic));
+}
+
+#[test]
+fn label_sets_of_gone_workloads_expire_and_make_room() {
+    let (traffic, start) = (traffic(4), Instant::now());
+    let (idle, gone) = (Duration::from_secs(600), HashSet::new());
+    let present: HashSet<_> =
+        [("shop", "client"), ("shop", "server")].map(|(namespace, name)| (namespace.into(), name.into())).into();
+    let connection = connection(1, flow(Direction::Inbound));
+    traffic.opened(&connection, start);
+    traffic.expire(&gone, idle, start + idle * 2);
+    assert_eq!(sum(&traffic, OPENED, &[]), 1, "a live connection keeps its set");
+    traffic.closed(&connection, NO_FLAGS, start);
+    traffic.expire(&present, idle, start + idle * 2);
+    assert_eq!(sum(&traffic, OPENED, &[]), 1, "workloads that are there keep their set");
+    traffic.expire(&gone, idle, start + idle / 2);
+    assert_eq!(sum(&traffic, OPENED, &[]), 1, "not idle for long enough");
+    traffic.expire(&gone, idle, start + idle * 2);
+    assert_eq!(lines(&traffic), 0);
+    traffic.opened(&connection, start);
+    assert_eq!(sum(&traffic, OPENED, &[("source_workload", "client")]), 1, "there is room again");
+}
+
+#[test]
+fn a_scrape_of_a_full_table_takes_less_than_two_seconds_unoptimised() {
+    let (traffic, now) = (traffic(crate::life::limits::METRIC_SERIES), Instant::now());
+    for id in 0..5_000 {
+        let flow = Flow { source_workload: Some(workload(&format!("client-{id}"))), ..flow(Direction::Inbound) };
+        traffic.opened(&connection(id, flow), now);
+    }
+    let start = Instant::now();
+    let text = prometheus::TextEncoder::new().encode_to_string(&traffic.families()).unwrap();
+    assert!(text.lines().count() <= crate::life::limits::METRIC_SERIES + 30);
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+}
+
+fn sources(live: Vec<Arc<Connection>>) -> Sources {
+    Sources {
+        live: Box::new(move || live.clone()),
+        pods: Box::new(|| {
+            let pod = |name: &str, state| PodReport {
+                uid: name.into(),
+                namespace: "shop".into(),
+                name: name.into(),
+                state,
+                counts: heddle_common::PodCounts { captured: 7, ..Default::default() },
+            };
+            let place_unknown = PodState::Uncaptured { reason: "place_unknown", detail: "nobody knows".to_owned() };
+            vec![pod("one", PodState::Captured), pod("two", place_unknown)]
+        }),
+        certificates: Box::new(|| {
+            vec![CertificateStatus {
+                identity: "spiffe://cluster.local/ns/shop/sa/server".parse().unwrap(),
+                serial: "01".to_owned(),
+                not_before: Some(UNIX_EPOCH),
+                not_after: Some(UNIX_EPOCH + Duration::from_secs(1_000)),
+                last_error: String::new(),
+            }]
+        }),
+        manifest_problems: Box::new(|| 2),
+        policy_problems: Box::new(|| 3),
+    }
+}
+
+#[test]
+fn a_scrape_tells_what_every_stage_knows() {
+    let metrics = Metrics::new("Kubernetes".into()).unwrap();
+    let live = connection(1, flow(Direction::Inbound));
+    metrics.traffic.opened(&live, Instant::now());
+    carry(&live, 5, 6);
+    metrics.handshake(Direction::Inbound, Err("expired"));
+    metrics.handshake(Direction::Outbound, Ok(()));
+    metrics.denied(&Denial::Explicit { policy: "shop/deny".into() });
+    metrics.denied(&Denial::NotAllowed);
+    let text = metrics.scrape(&sources(vec![live]), 4, Instant::now()).unwrap();
+    for line in [
+        "# TYPE istio_tcp_sent_bytes_total counter",
+        "# TYPE heddle_pod_captured gauge",
+        "heddle_pod_captured{namespace=\"shop\",pod=\"one\"} 1",
+        "heddle_pod_captured{namespace=\"shop\",pod=\"two\",reason=\"place_unknown\"} 0",
+        "heddle_pods_captured 1",
+        "heddle_pods_uncaptured{reason=\"place_unknown\"} 1",
+        "heddle_pod_kernel_events_total{namespace=\"shop\",pod=\"one\",event=\"captured\"} 7",
+        "heddle_certificate_expiry_timestamp_seconds{identity=\"spiffe://cluster.local/ns/shop/sa/server\"} 1000",
+        "heddle_tls_handshakes_total{direction=\"inbound\",result=\"expired\"} 1",
+        "heddle_tls_handshakes_total{direction=\"outbound\",result=\"ok\"} 1",
+        "heddle_denied_total{policy=\"shop/deny\",reason=\"policy_denied\"} 1",
+        "heddle_denied_total{policy=\"\",reason=\"policy_not_allowed\"} 1",
+        "heddle_connections_open{direction=\"inbound\",security=\"mutual_tls\"} 1",
+        "heddle_connections_open{direction=\"outbound\",security=\"none\"} 0",
+        "heddle_log_lines_dropped_total 4",
+        "heddle_manifest_problems 2",
+        "heddle_policy_problems 3",
+        concat!("istio_build{component=\"heddle\",tag=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
+    ] {
+        assert!(text.lines().any(|have| have == line), "{line} is not in\n{text}");
+    }
+    let names: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
+    let unique: HashSet<_> = names.iter().collect();
+    assert_eq!(names.len(), unique.len(), "each family is announced once");
+}
+
+#[test]
+fn policies_without_end_do_not_make_series_without_end() {
+    let metrics = Metrics::new("Kubernetes".into()).unwrap();
+    for number in 0..crate::life::limits::METRIC_DENIALS + 100 {
+        metrics.denied(&Denial::Explicit { policy: format!("shop/{number}").into() });
+    }
+    let text = metrics.scrape(&sources(vec![]), 0, Instant::now()).unwrap();
+    let lines = text.lines().filter(|line| line.starts_with("heddle_denied_total{")).count();
+    assert_eq!(lines, crate::life::limits::METRIC_DENIALS + 1);
+    assert!(text.contains("heddle_denied_total{policy=\"overflow\",reason=\"policy_denied\"} 100"));
+}
+
+fn record<'a>(flow: &'a Flow, end: &'a End, carried: Option<((u64, u64), Duration)>) -> Record<'a> {
+    Record { time: UNIX_EPOCH + Duration::from_micros(1_790_000_000_123_456), flow, end, carried }
+}
+
+fn line(record: &Record<'_>, format: Format) -> String {
+    String::from_utf8(record.line(format)).unwrap()
+}
+
+#[test]
+fn a_complete_connection_reads_like_this() {
+    let (flow, carried) = (flow(Direction::Outbound), Some(((11, 222), Duration::from_millis(13))));
+    let record = record(&flow, &End::Complete, carried);
+    assert_eq!(
+        line(&record, Format::Text),
+        "2026-09-21T14:13:20.123456Z\tinfo\taccess\tconnection complete\t\
+         src.addr=10.1.0.2:40000 src.workload=\"client-0\" src.namespace=\"shop\" \
+         src.identity=\"spiffe://cluster.local/ns/shop/sa/client\" dst.addr=10.2.0.3:15008 dst.hbone_addr=10.2.0.3:8080 \
+         dst.service=\"server.shop.svc.cluster.local\" dst.workload=\"server-0\" dst.namespace=\"shop\" \
+         dst.identity=\"spiffe://cluster.local/ns/shop/sa/server\" direction=\"outbound\" security=\"mutual_tls\" \
+         bytes_sent=11 bytes_recv=222 duration=\"13ms\" response_flags=\"-\" \
+         trace_id=\"0af7651916cd43dd8448eb211c80319c\"\n"
+    );
+    assert_eq!(
+        line(&record, Format::Json),
+        "{\"time\":\"2026-09-21T14:13:20.123456Z\",\"level\":\"info\",\"target\":\"access\",\
+         \"message\":\"connection complete\",\"src.addr\":\"10.1.0.2:40000\",\"src.workload\":\"client-0\",\
+         \"src.namespace\":\"shop\",\"src.identity\":\"spiffe://cluster.local/ns/shop/sa/client\",\
+         \"dst.addr\":\"10.2.0.3:15008\",\"dst.hbone_addr\":\"10.2.0.3:8080\",\
+         \"dst.service\":\"server.shop.svc.cluster.local\",\"dst.workload\":\"server-0\",\"dst.namespace\":\"shop\",\
+         \"dst.identity\":\"spiffe://cluster.local/ns/shop/sa/server\",\"direction\":\"outbound\",\
+         \"security\":\"mutual_tls\",\"bytes_sent\":11,\"bytes_recv\":222,\"duration\":\"13ms\",\
+         \"response_flags\":\"-\",\"trace_id\":\"0af7651916cd43dd8448eb211c80319c\"}\n"
+    );
+}
+
+#[test]
+fn the_log_tells_bytes_as_each_side_sees_them() {
+    let carried = Some(((11, 222), Duration::from_millis(1)));
+    let outbound = line(&record(&flow(Direction::Outbound), &End::Complete, carried), Format::Text);
+    let inbound = line(&record(&flow(Direction::Inbound), &End::Complete, carried), Format::Text);
+    assert!(outbound.contains(" bytes_sent=11 bytes_recv=222 "), "{outbound}");
+    assert!(inbound.contains(" bytes_sent=222 bytes_recv=11 "), "{inbound}");
+}
+
+#[test]
+fn a_denied_connection_names_the_policy_and_a_revoked_one_says_so() {
+    let flow =
+        Flow { security: Security::None, hbone_target: None, trace_id: String::new(), ..flow(Direction::Inbound) };
+    let end = End::Denied(Denial::Explicit { policy: "shop/deny".into() });
+    let denied: serde_json::Value = serde_json::from_slice(&record(&flow, &end, None).line(Format::Json)).unwrap();
+    for (key, value) in [
+        ("level", "warn"),
+        ("message", "connection denied"),
+        ("policy", "shop/deny"),
+        ("reason", "policy_denied"),
+        ("response_flags", "DENY"),
+        ("security", "none"),
+        ("error", "explicitly denied by: shop/deny"),
+    ] {
+        assert_eq!(denied[key], value, "{key}");
+    }
+    for absent in ["src.identity", "dst.identity", "bytes_sent", "duration", "trace_id", "dst.hbone_addr"] {
+        assert!(denied.get(absent).is_none(), "{absent}");
+    }
+    let revoked = record(&flow, &end, Some(((1, 1), Duration::ZERO)));
+    let revoked: serde_json::Value = serde_json::from_slice(&revoked.line(Format::Json)).unwrap();
+    assert_eq!(revoked["error"], "connection closed due to policy change: explicitly denied by: shop/deny");
+}
+
+#[test]
+fn hostile_text_stays_inside_its_quotes_and_its_line() {
+    let hostile = "a\"b\\c\nd\r\te\0f\u{7f}g\u{9b}31mh\u{2028}i\u{202e}j\u{feff} src.identity=\"spiffe://x\" }{";
+    let mut server = Workload::clone(&workload("server"));
+    server.name = hostile.into();
+    let flow = Flow { destination_workload: Some(Arc::new(server)), ..flow(Direction::Inbound) };
+    let end = End::Failed { reason: "io", response_flags: "CONNECT", detail: hostile.to_owned() };
+    let record = record(&flow, &end, None);
+    for format in [Format::Text, Format::Json] {
+        let line = line(&record, format);
+        assert_eq!(line.matches('\n').count(), 1, "{line}");
+        let body = line.strip_suffix('\n').unwrap();
+        assert!(!body.chars().any(|c| c.is_control() && c != '\t'), "{line:?}");
+        assert!(!body.contains(['\u{2028}', '\u{202e}', '\u{feff}', '\u{9b}']), "{line:?}");
+        assert_eq!(body.matches('\t').count(), if format == Format::Text { 4 } else { 0 });
+    }
+    let json: serde_json::Value = serde_json::from_slice(&record.line(Format::Json)).unwrap();
+    assert_eq!(json["error"], hostile, "nothing is lost");
+    assert_eq!(json["dst.workload"], hostile);
+    assert_eq!(json["src.identity"], "spiffe://cluster.local/ns/shop/sa/client");
+}
+
+#[test]
+fn a_long_error_is_cut_at_a_character() {
+    let detail = "é".repeat(crate::life::limits::LOG_DETAIL);
+    let end = End::Failed { reason: "io", response_flags: "CONNECT", detail };
+    let line = record(&flow(Direction::Inbound), &end, None).line(Format::Json);
+    let json: serde_json::Value = serde_json::from_slice(&line).unwrap();
+    assert_eq!(json["error"].as_str().unwrap().len(), crate::life::limits::LOG_DETAIL);
+}
+
+proptest::proptest! {
+    #[test]
+    fn any_text_makes_one_line_of_json_that_gives_it_back(text in "\\PC*|[\\x00-\\x{2fff}]{0,64}") {
+        let cut = &text[..text.floor_char_boundary(crate::life::limits::LOG_DETAIL)];
+        let end = End::Failed { reason: "io", response_flags: "CONNECT", detail: text.clone() };
+        let line = record(&flow(Direction::Inbound), &end, None).line(Format::Json);
+        proptest::prop_assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
+        let json: serde_json::Value = serde_json::from_slice(&line).unwrap();
+        proptest::prop_assert_eq!(json["error"].as_str().unwrap_or_default(), cut);
+    }
+}
+
+/// Takes nothing until it is told to, and keeps what it took.
+struct Stuck {
+    go: mpsc::Receiver<()>,
+    taken: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Write for Stuck {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        // An error means: told to go on for good.
+        let _for_good = self.go.recv();
+        self.taken.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_stuck_log_costs_lines_that_are_counted_and_no_time() {
+    const QUEUED: usize = 10;
+    const WRITTEN: u64 = 1_000;
+    let (let_go, go) = mpsc::channel();
+    let taken = Arc::new(Mutex::new(Vec::new()));
+    let (log, guard) = AccessLog::to(Stuck { go, taken: Arc::clone(&taken) }, Format::Json, QUEUED);
+    let telemetry = Telemetry::new("Kubernetes".into(), log.clone()).unwrap();
+    let start = Instant::now();
+    let end = End::Failed { reason: "refused", response_flags: "CONNECT", detail: String::new() };
+    for _ in 0..WRITTEN {
+        telemetry.failed(&flow(Direction::Outbound), &end);
+    }
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    assert!(log.dropped() >= WRITTEN - 2 * QUEUED as u64, "{}", log.dropped());
+    let text = telemetry.scrape(&sources(vec![])).unwrap();
+    assert!(text.contains(&format!("heddle_log_lines_dropped_total {}", log.dropped())));
+    drop(let_go);
+    drop(guard);
+    let written = taken.lock().unwrap().iter().filter(|byte| **byte == b'\n').count() as u64;
+    assert_eq!(written + log.dropped(), WRITTEN);
+}
+
+#[test]
+fn an_access_log_file_is_appended_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("access.log");
+    std::fs::write(&path, "before\n").unwrap();
+    let (log, guard) = AccessLog::open(&super::Destination::File(path.clone()), Format::Text).unwrap();
+    log.write(&Record { time: SystemTime::now(), flow: &flow(Direction::Inbound), end: &End::Complete, carried: None });
+    drop(guard);
+    let text = std::fs::read_to_string(path).unwrap();
+    assert!(text.starts_with("before\n") && text.lines().count() == 2, "{text}");
+}

@@ -1,0 +1,283 @@
+//! The `istio_tcp_*` counters: a table of label sets with a cap, fed at open and close and, while a connection lasts, from
+//! its live byte counts.
+//!
+//! Each connection's bytes are added as differences to what was added before, under one lock, so nothing counts twice
+//! whatever the order of scrape and close.
+//!
+//! **Direction.** Istio defines `istio_tcp_sent_bytes_total` as the bytes of the response and
+//! `istio_tcp_received_bytes_total` as those of the request, whoever reports; dashboards rely on it. So here *sent* is app to client and *received* is
+//! client to app, for both reporters. Beside what the source itself sends that looks flipped for `reporter="source"`
+//! (istio/istio#32399); the access log tells each side's own view instead.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use prometheus::proto::{LabelPair, Metric, MetricFamily, MetricType};
+
+use super::{
+    families::{counter, family, label},
+    labels::{FLAGS_AT, Labels, NAMES},
+};
+use crate::{
+    life::limits,
+    tunnel::{Connection, Direction, Flow, Security},
+};
+
+/// `response_flags` of a connection that is well.
+pub(super) const NO_FLAGS: &str = "-";
+
+/// Live connections that are folded under one hold of the lock: a scrape must not keep the data plane waiting.
+const FOLD_CHUNK: usize = 512;
+
+/// The counters of all label sets.
+#[derive(Debug)]
+pub(super) struct Traffic {
+    cluster: Arc<str>,
+    /// Most exposed lines, all five metrics together, overflow apart.
+    capacity: usize,
+    table: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    sets: HashMap<Arc<Labels>, Counts>,
+    live: HashMap<u64, Live>,
+    /// Exposed lines of all sets but the overflow ones.
+    lines: usize,
+}
+
+#[derive(Debug)]
+struct Counts {
+    overflow: bool,
+    opened: u64,
+    sent: u64,
+    received: u64,
+    closed: Vec<(&'static str, u64)>,
+    failed: Vec<(&'static str, u64)>,
+    live: usize,
+    touched: Instant,
+}
+
+#[derive(Debug)]
+struct Live {
+    labels: Arc<Labels>,
+    direction: Direction,
+    security: Security,
+    /// What is already in the counters of `sent` and `received` of the [`Connection`].
+    reported: (u64, u64),
+}
+
+/// How many connections are open.
+pub(super) type Open = HashMap<(Direction, Security), usize>;
+
+impl Traffic {
+    pub fn new(cluster: Arc<str>, capacity: usize) -> Self {
+        Self { cluster, capacity, table: Mutex::default() }
+    }
+
+    /// A panic elsewhere leaves only numbers behind, so a poisoned lock is no reason to stop counting.
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn opened(&self, connection: &Connection, now: Instant) {
+        let flow = &connection.flow;
+        let labels = Arc::new(Labels::of(flow, &self.cluster));
+        let mut table = self.table();
+        let labels = table.admit(labels, flow, self.capacity, now, Counts::cost_of_open);
+        if let Some(counts) = table.sets.get_mut(&labels) {
+            counts.opened += 1;
+            counts.live += 1;
+        }
+        let live = Live { labels, direction: flow.direction, security: flow.security, reported: (0, 0) };
+        table.live.insert(connection.id, live);
+    }
+
+    pub fn closed(&self, connection: &Connection, flags: &'static str, now: Instant) {
+        let mut table = self.table();
+        // Without an `opened` there is nothing to balance.
+        let Some(mut live) = table.live.remove(&connection.id) else { return };
+        table.add(&mut live, connection.bytes(), now);
+        if let Some(counts) = table.sets.get_mut(&live.labels) {
+            counts.live = counts.live.saturating_sub(1);
+        }
+        let labels =
+            table.admit(live.labels, &connection.flow, self.capacity, now, |counts| cost(&counts.closed, flags));
+        if let Some(counts) = table.sets.get_mut(&labels) {
+            bump(&mut counts.closed, flags);
+        }
+    }
+
+    pub fn failed(&self, flow: &Flow, flags: &'static str, now: Instant) {
+        let labels = Arc::new(Labels::of(flow, &self.cluster));
+        let mut table = self.table();
+        let labels = table.admit(labels, flow, self.capacity, now, |counts| cost(&counts.failed, flags));
+        if let Some(counts) = table.sets.get_mut(&labels) {
+            bump(&mut counts.failed, flags);
+        }
+    }
+
+    /// Adds what live connections carried since the last time.
+    pub fn fold(&self, live: &[Arc<Connection>], now: Instant) {
+        for chunk in live.chunks(FOLD_CHUNK) {
+            let mut table = self.table();
+            for connection in chunk {
+                // Gone from the table means closed in the meantime: its final bytes are counted.
+                let Some(mut entry) = table.live.remove(&connection.id) else { continue };
+                table.add(&mut entry, connection.bytes(), now);
+                table.live.insert(connection.id, entry);
+            }
+        }
+    }
+
+    /// Forgets label sets that no connection uses, that nothing touched for `idle`, and of which a named workload is
+    /// not among `present` (`namespace`, `workload`).
+    pub fn expire(&self, present: &HashSet<(Arc<str>, Arc<str>)>, idle: Duration, now: Instant) {
+        let known: HashSet<(&str, &str)> =
+            present.iter().map(|(namespace, workload)| (&**namespace, &**workload)).collect();
+        let mut table = self.table();
+        let mut freed = 0;
+        table.sets.retain(|labels, counts| {
+            let gone = labels.workloads().any(|workload| !known.contains(&workload));
+            let keep = counts.overflow || counts.live > 0 || !gone || now.duration_since(counts.touched) < idle;
+            if !keep {
+                freed += counts.lines();
+            }
+            keep
+        });
+        table.lines = table.lines.saturating_sub(freed);
+    }
+
+    pub fn open(&self) -> Open {
+        let mut open = Open::new();
+        for live in self.table().live.values() {
+            *open.entry((live.direction, live.security)).or_default() += 1;
+        }
+        open
+    }
+
+    /// The five families. The lock is held for copying numbers only, not for making text.
+    pub fn families(&self) -> Vec<MetricFamily> {
+        let mut rows: [Vec<Metric>; 5] = Default::default();
+        let copy: Vec<(Arc<Labels>, Vec<(usize, &'static str, u64)>)> =
+            self.table().sets.iter().map(|(labels, counts)| (Arc::clone(labels), counts.exposed())).collect();
+        for (labels, lines) in copy {
+            for (metric, flags, value) in lines {
+                rows[metric].push(counter(pairs(&labels, flags), value));
+            }
+        }
+        FAMILIES
+            .into_iter()
+            .zip(rows)
+            .filter_map(|((name, help), rows)| family(name, help, MetricType::COUNTER, rows))
+            .collect()
+    }
+}
+
+const FAMILIES: [(&str, &str); 5] = [
+    ("istio_tcp_connections_opened_total", "TCP connections that started to carry bytes."),
+    ("istio_tcp_connections_closed_total", "TCP connections that carried bytes and ended; response_flags tells how."),
+    ("istio_tcp_connections_failed_total", "TCP connections that ended before they carried a byte."),
+    (
+        "istio_tcp_sent_bytes_total",
+        "Bytes of the response, from the app towards the client, for either reporter; counted while a connection lasts.",
+    ),
+    (
+        "istio_tcp_received_bytes_total",
+        "Bytes of the request, from the client towards the app, for either reporter; counted while a connection lasts.",
+    ),
+];
+
+impl Table {
+    /// The labels to count under: `wanted` while there is room for the lines that the event adds, else overflow. The
+    /// set exists afterwards.
+    fn admit(
+        &mut self,
+        wanted: Arc<Labels>,
+        flow: &Flow,
+        capacity: usize,
+        now: Instant,
+        cost: impl Fn(&Counts) -> usize,
+    ) -> Arc<Labels> {
+        let adds = match self.sets.get_mut(&wanted) {
+            Some(counts) => {
+                counts.touched = now;
+                if counts.overflow { 0 } else { cost(counts) }
+            }
+            None => cost(&Counts::new(false, now)),
+        };
+        if self.lines + adds <= capacity {
+            self.lines += adds;
+            self.sets.entry(Arc::clone(&wanted)).or_insert_with(|| Counts::new(false, now));
+            return wanted;
+        }
+        let labels = Arc::new(Labels::overflow(flow.direction, flow.security));
+        self.sets.entry(Arc::clone(&labels)).or_insert_with(|| Counts::new(true, now)).touched = now;
+        labels
+    }
+
+    fn add(&mut self, live: &mut Live, bytes: (u64, u64), now: Instant) {
+        let Some(counts) = self.sets.get_mut(&live.labels) else { return };
+        let (to_app, to_client) = (bytes.0.saturating_sub(live.reported.0), bytes.1.saturating_sub(live.reported.1));
+        counts.received += to_app;
+        counts.sent += to_client;
+        counts.touched = now;
+        live.reported = (live.reported.0 + to_app, live.reported.1 + to_client);
+    }
+}
+
+impl Counts {
+    fn new(overflow: bool, now: Instant) -> Self {
+        Self { overflow, opened: 0, sent: 0, received: 0, closed: vec![], failed: vec![], live: 0, touched: now }
+    }
+
+    /// Opened, sent, received and the usual way to close are there from the first connection on.
+    fn cost_of_open(&self) -> usize {
+        if self.opened == 0 { 4 } else { 0 }
+    }
+
+    fn lines(&self) -> usize {
+        self.exposed().len()
+    }
+
+    /// `(index into FAMILIES, response_flags, value)`.
+    fn exposed(&self) -> Vec<(usize, &'static str, u64)> {
+        let mut lines = Vec::with_capacity(4 + self.failed.len());
+        if self.opened > 0 {
+            lines.extend([(0, NO_FLAGS, self.opened), (3, NO_FLAGS, self.sent), (4, NO_FLAGS, self.received)]);
+            if cost(&self.closed, NO_FLAGS) == 1 {
+                lines.push((1, NO_FLAGS, 0));
+            }
+        }
+        lines.extend(self.closed.iter().map(|(flags, value)| (1, *flags, *value)));
+        lines.extend(self.failed.iter().map(|(flags, value)| (2, *flags, *value)));
+        lines
+    }
+}
+
+/// Lines that an event with these flags adds.
+fn cost(counts: &[(&'static str, u64)], flags: &'static str) -> usize {
+    usize::from(!counts.iter().any(|(known, _)| *known == flags))
+}
+
+fn bump(counts: &mut Vec<(&'static str, u64)>, flags: &'static str) {
+    match counts.iter_mut().find(|(known, _)| *known == flags) {
+        Some((_, count)) => *count += 1,
+        None => counts.push((flags, 1)),
+    }
+}
+
+fn pairs(labels: &Labels, flags: &str) -> Vec<LabelPair> {
+    let mut pairs: Vec<LabelPair> = NAMES.iter().zip(&labels.values).map(|(name, value)| label(name, value)).collect();
+    pairs.insert(FLAGS_AT, label("response_flags", flags));
+    pairs
+}
+
+impl Default for Traffic {
+    fn default() -> Self {
+        Self::new("".into(), limits::METRIC_SERIES)
+    }
+}
