@@ -1,0 +1,142 @@
+//! One run of `lab-peer` as a client in a pod: its options, its deadline, its typed report.
+
+use std::{fmt::Display, marker::PhantomData, time::Duration};
+
+use anyhow::{Context, Result};
+use serde::de::DeserializeOwned;
+
+use crate::{pod::Pod, process::Process, reports::Held};
+
+/// A client that is about to run.
+#[must_use = "a call does nothing until it runs"]
+#[derive(Debug)]
+pub struct Call<'pod, T> {
+    pod: &'pod Pod,
+    args: Vec<String>,
+    deadline: Duration,
+    report: PhantomData<T>,
+}
+
+/// A client that runs.
+#[must_use = "a client that is dropped is killed"]
+#[derive(Debug)]
+pub struct Running<T> {
+    process: Process,
+    deadline: Duration,
+    report: PhantomData<T>,
+}
+
+/// Connections that a client holds open.
+#[derive(Debug)]
+pub struct Holding {
+    process: Process,
+    deadline: Duration,
+}
+
+impl<'pod, T> Call<'pod, T> {
+    pub(crate) fn new(pod: &'pod Pod, verb: &str) -> Self {
+        Self { pod, args: vec![verb.to_owned()], deadline: Duration::from_secs(30), report: PhantomData }
+    }
+
+    /// Any option of `lab-peer` with a value.
+    pub fn with(mut self, option: &str, value: impl Display) -> Self {
+        self.args.extend([option.to_owned(), value.to_string()]);
+        self
+    }
+
+    /// Any option of `lab-peer` without one.
+    pub fn flag(mut self, option: &str) -> Self {
+        self.args.push(option.to_owned());
+        self
+    }
+
+    /// Bytes that the client sends first.
+    pub fn say(self, text: &str) -> Self {
+        self.with("--say", text)
+    }
+
+    /// An `AF_INET6` socket to `::ffff:a.b.c.d`.
+    pub fn v4_mapped(self) -> Self {
+        self.flag("--v4-mapped")
+    }
+
+    pub fn mptcp(self) -> Self {
+        self.flag("--mptcp")
+    }
+
+    pub fn fastopen(self) -> Self {
+        self.flag("--fastopen")
+    }
+
+    /// Binds the socket to this local port first.
+    pub fn bind_port(self, port: u16) -> Self {
+        self.with("--bind-port", port)
+    }
+
+    pub fn bind_device(self, device: &str) -> Self {
+        self.with("--bind-device", device)
+    }
+
+    /// The app sets a mark of its own (`SO_MARK`).
+    pub fn mark(self, mark: u32) -> Self {
+        self.with("--mark", mark)
+    }
+
+    /// Whole run (seconds).
+    pub fn within(mut self, seconds: u64) -> Self {
+        self.deadline = Duration::from_secs(seconds);
+        self
+    }
+}
+
+impl<T: DeserializeOwned> Call<'_, T> {
+    /// Starts it in the background.
+    pub fn start(self) -> Result<Running<T>> {
+        let process = self.pod.start_lab_peer(self.args.first().map_or("", String::as_str), &self.args)?;
+        Ok(Running { process, deadline: self.deadline, report: PhantomData })
+    }
+
+    /// Runs it to its end.
+    pub fn run(self) -> Result<T> {
+        self.start()?.finish()
+    }
+}
+
+impl<T: DeserializeOwned> Running<T> {
+    /// Waits for its report.
+    pub fn finish(self) -> Result<T> {
+        let text = self.process.wait(self.deadline)?.ok()?;
+        let last = text.lines().last().context("a client said nothing")?;
+        serde_json::from_str(last).with_context(|| format!("report: {last}"))
+    }
+}
+
+impl Call<'_, Held> {
+    /// Opens the connections; they stay open until [`Holding::close`]. The report is that of the first check.
+    pub fn open(self) -> Result<(Holding, Held)> {
+        let deadline = self.deadline;
+        let process = self.start()?.process;
+        let mut holding = Holding { process, deadline };
+        let first = holding.report()?;
+        Ok((holding, first))
+    }
+}
+
+impl Holding {
+    /// Sends a byte on each connection and waits for its echo.
+    pub fn check(&mut self) -> Result<Held> {
+        self.process.tell("check")?;
+        self.report()
+    }
+
+    /// Closes all of them.
+    pub fn close(mut self) -> Result<()> {
+        self.process.close_stdin();
+        self.process.wait(self.deadline)?.ok().map(drop)
+    }
+
+    fn report(&mut self) -> Result<Held> {
+        let line = self.process.next_line(self.deadline)?;
+        serde_json::from_str(&line).with_context(|| format!("report: {line}"))
+    }
+}

@@ -1,0 +1,367 @@
+//! A lab: two nodes, a CA, an agent per node, pods and Services; removed when it is dropped, also by a panic.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::SocketAddr,
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU8, Ordering},
+    },
+    thread,
+};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::{
+    agent::{Agent, AgentOptions, Ca, TRUST_DOMAIN},
+    capture::Recording,
+    certificates::Root,
+    manifests::{self, Manifests},
+    node::Node,
+    pod::{Pod, PodBuilder},
+    service::{Backend, Service},
+    state::Claim,
+};
+
+/// Port of the lab's CA.
+const CA_PORT: u16 = 15012;
+
+/// What every part of a lab stands on.
+#[derive(Debug)]
+pub struct Ground {
+    pub claim: Claim,
+    pub manifests: Manifests,
+    nodes: Vec<Node>,
+    agents: BTreeMap<u8, Agent>,
+    namespaces: Mutex<BTreeSet<String>>,
+    slots: [AtomicU8; 2],
+    services: AtomicU8,
+}
+
+impl Ground {
+    pub(crate) fn node(&self, number: u8) -> Result<&Node> {
+        self.nodes.iter().find(|node| node.number == number).with_context(|| format!("no node {number} in this lab"))
+    }
+
+    pub(crate) fn next_slot(&self, node: u8) -> u8 {
+        self.slots[usize::from(node - 1)].fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn next_service(&self) -> u8 {
+        self.services.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The agent of a node, where it runs.
+    pub(crate) fn running_agent(&self, node: u8) -> Option<&Agent> {
+        self.agents.get(&node).filter(|agent| agent.daemon.pid().is_some())
+    }
+
+    /// Writes the Namespace, enrolled, when it is first spoken of.
+    pub(crate) fn need_namespace(&self, name: &str) -> Result<()> {
+        let fresh = self.namespaces.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
+        if fresh { self.manifests.apply(&manifests::namespace(name, true)) } else { Ok(()) }
+    }
+}
+
+/// What a lab is made of.
+#[derive(Debug, Clone)]
+pub struct LabBuilder {
+    nodes: u8,
+    agents: Vec<u8>,
+    options: AgentOptions,
+}
+
+impl LabBuilder {
+    /// One node or two.
+    #[must_use]
+    pub fn nodes(mut self, count: u8) -> Self {
+        self.nodes = count.clamp(1, 2);
+        self.agents.retain(|node| *node <= count);
+        self
+    }
+
+    /// Nodes whose agent runs; none of them for a lab without a mesh.
+    #[must_use]
+    pub fn agents_on(mut self, nodes: &[u8]) -> Self {
+        self.agents = nodes.to_vec();
+        self
+    }
+
+    /// Lifetime of the certificates that the agents ask for, such as `20s`.
+    #[must_use]
+    pub fn certificate_lifetime(mut self, lifetime: &str) -> Self {
+        lifetime.clone_into(&mut self.options.certificate_lifetime);
+        self
+    }
+
+    #[must_use]
+    pub fn drain_grace(mut self, grace: &str) -> Self {
+        grace.clone_into(&mut self.options.drain_grace);
+        self
+    }
+
+    /// More arguments for every agent.
+    #[must_use]
+    pub fn agent_args(mut self, args: &[&str]) -> Self {
+        self.options.extra.extend(args.iter().map(|arg| (*arg).to_owned()));
+        self
+    }
+
+    /// Builds it, and waits until CA and agents are ready.
+    pub fn start(self) -> Result<Lab> {
+        raise_file_limit()?;
+        crate::state::sweep()?;
+        let claim = Claim::new()?;
+        // From here on the lab is dropped, and so removed, whatever fails.
+        let mut lab = Lab { ground: Arc::new(Ground::empty(claim)?), ca: None, root: None, keep: false };
+        lab.raise(&self)?;
+        Ok(lab)
+    }
+}
+
+impl Ground {
+    fn empty(claim: Claim) -> Result<Self> {
+        fs::create_dir_all(claim.dir.join("logs"))?;
+        let manifests = Manifests::create(&claim.dir)?;
+        Ok(Self {
+            claim,
+            manifests,
+            nodes: Vec::new(),
+            agents: BTreeMap::new(),
+            namespaces: Mutex::default(),
+            slots: [AtomicU8::new(1), AtomicU8::new(1)],
+            services: AtomicU8::new(10),
+        })
+    }
+}
+
+/// A running lab.
+#[derive(Debug)]
+pub struct Lab {
+    ground: Arc<Ground>,
+    ca: Option<Ca>,
+    root: Option<Root>,
+    keep: bool,
+}
+
+impl Lab {
+    /// Two nodes with an agent each.
+    pub fn two_nodes() -> Result<Self> {
+        Self::builder().start()
+    }
+
+    /// One node with an agent.
+    pub fn one_node() -> Result<Self> {
+        Self::builder().nodes(1).start()
+    }
+
+    /// Two nodes and no mesh: what the lab itself is tested and measured with.
+    pub fn without_mesh() -> Result<Self> {
+        Self::builder().agents_on(&[]).start()
+    }
+
+    #[must_use]
+    pub fn builder() -> LabBuilder {
+        LabBuilder { nodes: 2, agents: vec![1, 2], options: AgentOptions::default() }
+    }
+
+    fn raise(&mut self, wanted: &LabBuilder) -> Result<()> {
+        // Nothing else holds the ground yet: pods come after this.
+        let ground = Arc::get_mut(&mut self.ground).context("a lab is raised once")?;
+        for number in 1..=wanted.nodes {
+            let node = Node::create(&ground.claim.prefix, number)?;
+            ground.manifests.apply(&manifests::node(&node.name(), &node.addresses()))?;
+            ground.nodes.push(node);
+        }
+        if let [first, second] = ground.nodes.as_slice() {
+            first.join(second)?;
+        }
+        let root = Root::create(&ground.claim.dir, "root", TRUST_DOMAIN)?;
+        if !wanted.agents.is_empty() {
+            let first = ground.node(1)?;
+            // With one node there is no link and no link address: the bridge's serves.
+            let host = if wanted.nodes == 1 { first.gateway_v4() } else { first.v4() };
+            let claim = &ground.claim;
+            let ca = Ca::new(
+                &first.netns,
+                SocketAddr::from((host, CA_PORT)),
+                &claim.cgroup,
+                &claim.dir,
+                &root.certificate,
+                &root.key,
+            )?;
+            ca.start()?;
+            let mut agents = BTreeMap::new();
+            for number in &wanted.agents {
+                let agent = Agent::new(
+                    ground.node(*number)?,
+                    &ca,
+                    ground.manifests.dir(),
+                    &claim.cgroup,
+                    &claim.dir,
+                    &claim.bpffs(),
+                    &wanted.options,
+                )?;
+                agents.insert(*number, agent);
+            }
+            ground.agents = agents;
+            for agent in ground.agents.values() {
+                agent.start()?;
+            }
+            self.ca = Some(ca);
+        }
+        self.root = Some(root);
+        Ok(())
+    }
+
+    /// Describes a pod; its service account has its name, it is enrolled and on node 1 unless said otherwise.
+    pub fn pod(&self, namespace: &str, name: &str) -> PodBuilder {
+        PodBuilder::new(Arc::clone(&self.ground), namespace, name)
+    }
+
+    /// A Service with one port and these pods behind it.
+    pub fn service(&self, namespace: &str, name: &str, ports: (u16, u16), pods: &[&Pod]) -> Result<Service> {
+        let backends: Vec<Backend> = pods.iter().map(|pod| Backend::from(*pod)).collect();
+        Service::create(Arc::clone(&self.ground), (namespace, name), ports, &backends)
+    }
+
+    /// The agent of a node.
+    pub fn agent(&self, node: u8) -> Result<&Agent> {
+        self.ground.agents.get(&node).with_context(|| format!("no agent on node {node}"))
+    }
+
+    pub fn node(&self, number: u8) -> Result<&Node> {
+        self.ground.node(number)
+    }
+
+    pub fn ca(&self) -> Result<&Ca> {
+        self.ca.as_ref().context("this lab has no CA")
+    }
+
+    /// The mesh's root, to sign with.
+    pub fn root(&self) -> Result<&Root> {
+        self.root.as_ref().context("this lab has no root")
+    }
+
+    #[must_use]
+    pub fn manifests(&self) -> &Manifests {
+        &self.ground.manifests
+    }
+
+    /// Folder of the lab's files: logs, manifests, certificates.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.ground.claim.dir
+    }
+
+    #[must_use]
+    pub fn prefix(&self) -> &str {
+        &self.ground.claim.prefix
+    }
+
+    #[must_use]
+    pub fn claim(&self) -> &Claim {
+        &self.ground.claim
+    }
+
+    /// Writes or replaces an AuthorizationPolicy.
+    pub fn authorize(&self, namespace: &str, name: &str, spec: &Value) -> Result<()> {
+        self.ground.need_namespace(namespace)?;
+        self.manifests().apply(&manifests::authorization_policy(namespace, name, spec))
+    }
+
+    /// Takes an AuthorizationPolicy away.
+    pub fn unauthorize(&self, namespace: &str, name: &str) -> Result<()> {
+        self.manifests().delete(&manifests::authorization_policy(namespace, name, &Value::Null))
+    }
+
+    /// Writes or replaces a PeerAuthentication.
+    pub fn require(&self, namespace: &str, name: &str, spec: &Value) -> Result<()> {
+        self.ground.need_namespace(namespace)?;
+        self.manifests().apply(&manifests::peer_authentication(namespace, name, spec))
+    }
+
+    /// Takes a PeerAuthentication away.
+    pub fn unrequire(&self, namespace: &str, name: &str) -> Result<()> {
+        self.manifests().delete(&manifests::peer_authentication(namespace, name, &Value::Null))
+    }
+
+    /// Records every packet on the link between the nodes.
+    pub fn record(&self) -> Result<Recording> {
+        Recording::start(self.ground.node(1)?, &self.ground.claim)
+    }
+
+    /// Stays when this process ends: prints nothing, removes nothing.
+    pub fn keep(&mut self) -> Result<()> {
+        self.ground.claim.keep()?;
+        self.keep = true;
+        Ok(())
+    }
+
+    /// Removes nothing when it is dropped, because it was removed by other means.
+    pub fn forget(&mut self) {
+        self.keep = true;
+    }
+
+    /// Ends agents and CA with SIGTERM, then removes everything, and says what went wrong, which a drop can't.
+    pub fn remove(self) -> Result<()> {
+        self.stop_daemons();
+        self.ground.claim.release()
+    }
+
+    fn stop_daemons(&self) {
+        thread::scope(|scope| {
+            for agent in self.ground.agents.values() {
+                scope.spawn(|| agent.daemon.stop());
+            }
+        });
+        if let Some(ca) = &self.ca {
+            ca.daemon.stop();
+        }
+    }
+
+    /// The end of every log, for a test that failed.
+    fn print_logs(&self) {
+        let Ok(entries) = fs::read_dir(self.dir().join("logs")) else { return };
+        let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+        paths.sort();
+        for path in paths {
+            let daemon = path
+                .file_name()
+                .and_then(|name| name.to_str())
+                .is_some_and(|name| ["agent-", "ca.", "access-"].iter().any(|prefix| name.starts_with(prefix)));
+            let text = fs::read_to_string(&path).unwrap_or_default();
+            if daemon && !text.is_empty() {
+                let lines: Vec<&str> = text.lines().collect();
+                let tail = lines.get(lines.len().saturating_sub(30)..).unwrap_or_default().join("\n");
+                eprintln!("--- end of {}\n{tail}", path.display());
+            }
+        }
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
+        // Also a test that returns an error leaves through here, and says so by its panicking harness only afterwards:
+        // HEDDLE_LAB_LOGS prints the logs in every case.
+        if thread::panicking() || std::env::var_os("HEDDLE_LAB_LOGS").is_some() {
+            self.print_logs();
+        }
+        if let Err(error) = self.ground.claim.release() {
+            eprintln!("{}: {error:#}", self.prefix());
+        }
+    }
+}
+
+/// A thousand connections of a lab take more descriptors than the usual soft limit; children inherit the raised one.
+fn raise_file_limit() -> Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raising the limit of open files")
+}

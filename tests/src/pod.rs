@@ -1,0 +1,426 @@
+//! A pod: a network namespace on its node's bridge, a cgroup, its manifest, and real processes inside both.
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsStr,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::{
+    binaries,
+    call::Call,
+    cgroup,
+    lab::Ground,
+    netns::Netns,
+    process::{Place, Process},
+    reports::{Churned, Connected, Event, Held, Measured, Transferred, Tunnelled},
+};
+
+/// A pod that is being described; [`PodBuilder::start`] makes it.
+#[must_use = "a pod exists once it is started"]
+#[derive(Debug)]
+pub struct PodBuilder {
+    ground: Arc<Ground>,
+    namespace: String,
+    name: String,
+    node: u8,
+    service_account: String,
+    labels: BTreeMap<String, String>,
+    annotations: BTreeMap<String, String>,
+    serves: Vec<String>,
+    enrolled: bool,
+    unproven: bool,
+}
+
+impl PodBuilder {
+    pub(crate) fn new(ground: Arc<Ground>, namespace: &str, name: &str) -> Self {
+        Self {
+            ground,
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            node: 1,
+            service_account: name.to_owned(),
+            labels: BTreeMap::from([("app".to_owned(), name.to_owned())]),
+            annotations: BTreeMap::new(),
+            serves: Vec::new(),
+            enrolled: true,
+            unproven: false,
+        }
+    }
+
+    /// The node that it runs on, 1 or 2.
+    pub fn on(mut self, node: u8) -> Self {
+        self.node = node;
+        self
+    }
+
+    /// Its service account; its own name where this isn't called.
+    pub fn service_account(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.service_account);
+        self
+    }
+
+    pub fn label(mut self, key: &str, value: &str) -> Self {
+        self.labels.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
+    pub fn annotate(mut self, key: &str, value: &str) -> Self {
+        self.annotations.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Servers of `lab-peer`, such as `echo:7000` or `who+mptcp:7001`.
+    pub fn serves(mut self, servers: &[&str]) -> Self {
+        self.serves.extend(servers.iter().map(|server| (*server).to_owned()));
+        self
+    }
+
+    /// Not enrolled, though its namespace is.
+    pub fn outside_the_mesh(mut self) -> Self {
+        self.enrolled = false;
+        self
+    }
+
+    /// Doesn't wait until the agent has proven its capture.
+    pub fn unproven(mut self) -> Self {
+        self.unproven = true;
+        self
+    }
+
+    /// Makes it, starts its servers, and waits until the agent of its node has captured it.
+    pub fn start(self) -> Result<Pod> {
+        let Self { ground, namespace, name, node, .. } = self;
+        ground.need_namespace(&namespace)?;
+        let full = format!("{}-{namespace}-{name}", ground.claim.prefix);
+        let host = ground.node(node)?;
+        let slot = ground.next_slot(node);
+        let (v4, v6) = host.pod_addresses(slot);
+        let netns = Netns::create(&full)?;
+        netns.batch(&[
+            format!("link add eth0 type veth peer name pod{slot} netns {}", host.netns.name()),
+            format!("addr add {v4}/24 dev eth0"),
+            format!("addr add {v6}/64 dev eth0 nodad"),
+            "link set eth0 up".to_owned(),
+            format!("route add default via {}", host.gateway_v4()),
+            format!("route add default via {}", host.gateway_v6()),
+        ])?;
+        host.netns.batch(&[format!("link set pod{slot} master pods up")])?;
+        let folder = ground.claim.cgroup.join(format!("pod-{namespace}-{name}"));
+        cgroup::make(&folder)?;
+        let pod = Pod {
+            uid: full,
+            name,
+            namespace,
+            service_account: self.service_account,
+            node,
+            v4,
+            v6,
+            netns,
+            cgroup: folder,
+            labels: self.labels,
+            annotations: Mutex::new(self.annotations),
+            enrolled: Mutex::new(self.enrolled),
+            processes: Mutex::new(Vec::new()),
+            ground,
+        };
+        if !self.serves.is_empty() {
+            let mut args = vec!["serve".to_owned(), "--name".to_owned(), pod.name.clone()];
+            args.extend(self.serves);
+            let mut server = pod.start_process("serve", binaries::lab_peer()?, &args)?;
+            let first: Event = serde_json::from_str(&server.next_line(Duration::from_secs(10))?)?;
+            ensure!(first == Event::Ready, "{} says {first:?}", pod.name);
+            pod.processes().push(server);
+        }
+        pod.apply()?;
+        if self.enrolled && !self.unproven {
+            pod.wait_captured()?;
+        }
+        Ok(pod)
+    }
+}
+
+/// A pod that exists.
+#[derive(Debug)]
+pub struct Pod {
+    ground: Arc<Ground>,
+    uid: String,
+    name: String,
+    namespace: String,
+    service_account: String,
+    node: u8,
+    v4: Ipv4Addr,
+    v6: Ipv6Addr,
+    netns: Netns,
+    cgroup: PathBuf,
+    labels: BTreeMap<String, String>,
+    annotations: Mutex<BTreeMap<String, String>>,
+    enrolled: Mutex<bool>,
+    processes: Mutex<Vec<Process>>,
+}
+
+/// A lock whose holder panicked holds what it held: every value here is whole after each statement.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Pod {
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    #[must_use]
+    pub fn node(&self) -> u8 {
+        self.node
+    }
+
+    /// `namespace/name`.
+    #[must_use]
+    pub fn full_name(&self) -> String {
+        format!("{}/{}", self.namespace, self.name)
+    }
+
+    /// Its SPIFFE id in the lab's trust domain.
+    #[must_use]
+    pub fn identity(&self) -> String {
+        format!("spiffe://{}/{}", crate::TRUST_DOMAIN, self.principal().split_once('/').map_or("", |(_, path)| path))
+    }
+
+    /// Its identity as an AuthorizationPolicy writes it, without `spiffe://`.
+    #[must_use]
+    pub fn principal(&self) -> String {
+        format!("{}/ns/{}/sa/{}", crate::TRUST_DOMAIN, self.namespace, self.service_account)
+    }
+
+    #[must_use]
+    pub fn v4(&self) -> Ipv4Addr {
+        self.v4
+    }
+
+    #[must_use]
+    pub fn v6(&self) -> Ipv6Addr {
+        self.v6
+    }
+
+    /// Its IPv4 address with this port.
+    #[must_use]
+    pub fn at(&self, port: u16) -> SocketAddr {
+        (self.v4, port).into()
+    }
+
+    /// Its IPv6 address with this port.
+    #[must_use]
+    pub fn at6(&self, port: u16) -> SocketAddr {
+        (self.v6, port).into()
+    }
+
+    #[must_use]
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    fn processes(&self) -> MutexGuard<'_, Vec<Process>> {
+        locked(&self.processes)
+    }
+
+    /// What its servers printed so far.
+    #[must_use]
+    pub fn printed(&self) -> String {
+        self.processes().iter().map(Process::stdout).collect()
+    }
+
+    /// Events that its servers reported so far.
+    #[must_use]
+    pub fn events(&self) -> Vec<Event> {
+        self.printed().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+
+    /// Starts any program inside the pod and leaves it running as long as the pod lives.
+    pub fn runs<S: AsRef<OsStr>>(&self, name: &str, program: &str, args: &[S]) -> Result<()> {
+        let process = self.start_process(name, program, args)?;
+        self.processes().push(process);
+        Ok(())
+    }
+
+    /// Starts any program inside the pod.
+    pub fn start_process<S: AsRef<OsStr>>(
+        &self,
+        name: &str,
+        program: impl AsRef<OsStr>,
+        args: &[S],
+    ) -> Result<Process> {
+        static COUNT: AtomicU32 = AtomicU32::new(1);
+        let name = format!("{}-{}-{name}-{}", self.namespace, self.name, COUNT.fetch_add(1, Ordering::Relaxed));
+        let place = Place {
+            netns: Some(self.netns.path()),
+            cgroup: Some(self.cgroup.clone()),
+            logs: self.ground.claim.dir.join("logs"),
+        };
+        Process::start(&place, &name, program, args)
+    }
+
+    /// Runs a program to its end and gives its stdout; a program that fails is an error.
+    pub fn output<S: AsRef<OsStr>>(&self, program: &str, args: &[S]) -> Result<String> {
+        self.start_process("run", program, args)?.wait(Duration::from_secs(60))?.ok()
+    }
+
+    fn call<T>(&self, verb: &str) -> Call<'_, T> {
+        Call::new(self, verb)
+    }
+
+    /// One connection.
+    pub fn connect(&self, to: SocketAddr) -> Call<'_, Connected> {
+        self.call("connect").with("--to", to)
+    }
+
+    /// `count` connections, `concurrent` at a time, each verified with an echoed byte.
+    pub fn churn(&self, to: SocketAddr, count: u64, concurrent: u64) -> Call<'_, Churned> {
+        self.call("churn").with("--to", to).with("--count", count).with("--concurrent", concurrent).within(180)
+    }
+
+    /// `count` connections that stay open: see [`crate::call::Holding`].
+    pub fn hold(&self, to: SocketAddr, count: u64) -> Call<'_, Held> {
+        self.call("hold").with("--to", to).with("--count", count).within(60)
+    }
+
+    /// `bytes` there and back at the same time, with checksums.
+    pub fn transfer(&self, to: SocketAddr, bytes: u64) -> Call<'_, Transferred> {
+        self.call("transfer").with("--to", to).with("--bytes", bytes).within(120)
+    }
+
+    /// One byte there and back, again and again.
+    pub fn latency(&self, to: SocketAddr, count: u64) -> Call<'_, Measured> {
+        self.call("latency").with("--to", to).with("--count", count).within(60)
+    }
+
+    /// Bytes one way, to a sink, as fast as they go.
+    pub fn throughput(&self, to: SocketAddr, seconds: u64) -> Call<'_, Measured> {
+        self.call("throughput").with("--to", to).with("--seconds", seconds).within(60 + seconds)
+    }
+
+    /// HBONE by hand, with any certificate.
+    pub fn speak_hbone(&self, to: SocketAddr, authority: &str) -> Call<'_, Tunnelled> {
+        self.call("hbone").with("--to", to).with("--authority", authority)
+    }
+
+    pub(crate) fn start_lab_peer(&self, verb: &str, args: &[String]) -> Result<Process> {
+        self.start_process(verb, binaries::lab_peer()?, args)
+    }
+
+    /// Waits until the agent of its node has proven its capture. A node without a running agent is passed over.
+    pub fn wait_captured(&self) -> Result<()> {
+        self.wait_state("captured").map(drop)
+    }
+
+    /// Waits for a state in `heddle status`; gives the reason that stands beside it.
+    pub fn wait_state(&self, state: &str) -> Result<String> {
+        match self.ground.running_agent(self.node) {
+            Some(agent) => agent.wait_state(&self.full_name(), state),
+            None => Ok(String::new()),
+        }
+    }
+
+    /// Waits until `heddle status` doesn't know it any more.
+    pub fn wait_forgotten(&self) -> Result<()> {
+        let Some(agent) = self.ground.running_agent(self.node) else { return Ok(()) };
+        let what = format!("{} to be withdrawn", self.full_name());
+        crate::wait::until(Duration::from_secs(20), &what, || match agent.pod_state(&self.full_name()) {
+            Ok(None) => Some(()),
+            Ok(Some((state, _))) if !["captured", "attached", "uncaptured"].contains(&state.as_str()) => Some(()),
+            _ => None,
+        })
+    }
+
+    /// Opts it in, and waits until it is captured.
+    pub fn enrol(&self) -> Result<()> {
+        *locked(&self.enrolled) = true;
+        self.apply()?;
+        self.wait_captured()
+    }
+
+    /// Opts it out, and waits until that is done.
+    pub fn withdraw(&self) -> Result<()> {
+        *locked(&self.enrolled) = false;
+        self.apply()?;
+        self.wait_forgotten()
+    }
+
+    /// Changes an annotation of the running pod.
+    pub fn annotate(&self, key: &str, value: &str) -> Result<()> {
+        locked(&self.annotations).insert(key.to_owned(), value.to_owned());
+        self.apply()
+    }
+
+    /// Ends its servers, as a crash would; the pod itself stays.
+    pub fn stop_servers(&self) -> Result<()> {
+        std::mem::take(&mut *self.processes()).into_iter().try_for_each(Process::kill)
+    }
+
+    /// Deletes it: manifest, processes, namespace, cgroup.
+    pub fn delete(self) -> Result<()> {
+        self.ground.manifests.delete(&self.manifest())?;
+        self.processes().clear();
+        cgroup::remove(&self.cgroup)?;
+        Netns::delete(self.netns.name())
+    }
+
+    /// Writes its manifest.
+    pub fn apply(&self) -> Result<()> {
+        self.ground.manifests.apply(&self.manifest()).with_context(|| format!("manifest of {}", self.full_name()))
+    }
+
+    fn manifest(&self) -> Value {
+        let mut labels = self.labels.clone();
+        let mesh = if *locked(&self.enrolled) { "enabled" } else { "disabled" };
+        labels.insert("heddle.dev/mesh".to_owned(), mesh.to_owned());
+        let mut annotations = BTreeMap::from([
+            ("lab.heddle.dev/netns".to_owned(), self.netns.path().display().to_string()),
+            ("lab.heddle.dev/cgroup".to_owned(), self.cgroup.display().to_string()),
+        ]);
+        annotations.extend(locked(&self.annotations).clone());
+        json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "name": self.name, "namespace": self.namespace, "uid": self.uid,
+                "labels": labels, "annotations": annotations,
+            },
+            "spec": {
+                "nodeName": format!("node{}", self.node),
+                "serviceAccountName": self.service_account,
+                "containers": [{"name": "app", "image": "lab"}],
+            },
+            "status": {
+                "phase": "Running",
+                "podIP": self.v4, "podIPs": [{"ip": self.v4}, {"ip": self.v6}],
+                "conditions": [{"type": "Ready", "status": "True"}],
+            },
+        })
+    }
+
+    /// Everything that capture may put into the pod's namespace, as text: rules, routes of every table, sysctls.
+    pub fn kernel_state(&self) -> Result<String> {
+        let mut text = String::new();
+        for args in [
+            ["-4", "rule", "show"].as_slice(),
+            &["-6", "rule", "show"],
+            &["-4", "route", "show", "table", "all"],
+            &["-6", "route", "show", "table", "all"],
+        ] {
+            text.push_str(&self.netns.show(args)?);
+        }
+        for key in ["net/ipv4/tcp_fwmark_accept", "net/ipv4/fwmark_reflect", "net/ipv4/ip_local_port_range"] {
+            text.push_str(&format!("{key} = {}\n", self.netns.read_sysctl(key)?));
+        }
+        Ok(text)
+    }
+}

@@ -1,0 +1,37 @@
+//! Tests that can't run here say so: Rust's harness has no word for it, so they are noted in a file that
+//! `cargo xtask test` prints.
+
+use std::{env, fs::OpenOptions, io::Write, path::Path};
+
+/// Ends the test that it stands in, with a note, where the lab can't run.
+#[macro_export]
+macro_rules! needs_root {
+    () => {
+        if let Some(why) = $crate::cannot_run() {
+            fn here() {}
+            $crate::skip(std::any::type_name_of_val(&here).trim_end_matches("::here"), &why);
+            return Ok(());
+        }
+    };
+}
+
+/// Why no lab can run here, where that is so.
+#[must_use]
+pub fn cannot_run() -> Option<String> {
+    (!nix::unistd::geteuid().is_root()).then(|| "needs root".to_owned())
+}
+
+/// Notes that `test` did not run: on stdout, and in the file that `HEDDLE_SKIPS` names.
+pub fn skip(test: &str, why: &str) {
+    println!("SKIPPED: {test}: {why}");
+    let Some(file) = env::var_os("HEDDLE_SKIPS") else { return };
+    let written = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(Path::new(&file))
+        .and_then(|mut file| writeln!(file, "{test}: {why}"));
+    if let Err(error) = written {
+        // A skip that nobody hears of would look like a pass.
+        panic!("{}: {error}", Path::new(&file).display());
+    }
+}

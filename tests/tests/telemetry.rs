@@ -1,0 +1,177 @@
+//! Do metrics, access log and status say what happened?
+
+use std::time::Duration;
+
+use heddle_lab::{Lab, Pod, Result, needs_root, until};
+
+/// What the metrics carry, in Istio's words.
+const LABELS: [&str; 23] = [
+    "reporter",
+    "source_workload",
+    "source_canonical_service",
+    "source_canonical_revision",
+    "source_workload_namespace",
+    "source_principal",
+    "source_app",
+    "source_version",
+    "source_cluster",
+    "destination_service",
+    "destination_service_namespace",
+    "destination_service_name",
+    "destination_workload",
+    "destination_canonical_service",
+    "destination_canonical_revision",
+    "destination_workload_namespace",
+    "destination_principal",
+    "destination_app",
+    "destination_version",
+    "destination_cluster",
+    "request_protocol",
+    "response_flags",
+    "connection_security_policy",
+];
+const SENT: &str = "istio_tcp_sent_bytes_total";
+const RECEIVED: &str = "istio_tcp_received_bytes_total";
+
+fn stage(servers: &[&str]) -> Result<(Lab, Pod, Pod)> {
+    let lab = Lab::two_nodes()?;
+    let server = lab.pod("shop", "server").on(2).serves(servers).start()?;
+    let client = lab.pod("shop", "client").start()?;
+    Ok((lab, client, server))
+}
+
+#[test]
+fn metrics_carry_every_label_and_the_bytes_that_the_apps_sent() -> Result {
+    needs_root!();
+    let (lab, client, server) = stage(&["echo:7000", "source:7001"])?;
+    // 7 bytes up ("100000\n"), 100,000 down.
+    let seen = client.connect(server.at(7001)).say("100000\n").run()?;
+    assert_eq!((seen.error, seen.received.len()), (None, 100_000));
+    for (node, reporter) in [(1, "source"), (2, "destination")] {
+        let mine = [("reporter", reporter), ("connection_security_policy", "mutual_tls")];
+        let agent = lab.agent(node)?;
+        let scrape = until(Duration::from_secs(10), "the connection to be counted as closed", || {
+            agent.metrics().ok().filter(|scrape| scrape.sum("istio_tcp_connections_closed_total", &mine) >= 1.0)
+        })?;
+        assert_eq!(scrape.sum("istio_tcp_connections_opened_total", &mine), 1.0);
+        // Istio's meaning for either reporter: sent is the answer's bytes, received the request's.
+        assert_eq!((scrape.sum(SENT, &mine), scrape.sum(RECEIVED, &mine)), (100_000.0, 7.0), "{reporter}");
+        let sample = scrape.with(SENT, &mine).next().cloned();
+        let labels = sample.map(|sample| sample.labels).unwrap_or_default();
+        for label in LABELS {
+            assert!(labels.get(label).is_some_and(|value| !value.is_empty()), "{label} in {labels:?}");
+        }
+        for (label, value) in [
+            ("source_workload", "client"),
+            ("source_workload_namespace", "shop"),
+            ("source_principal", client.identity().as_str()),
+            ("source_app", "client"),
+            ("destination_workload", "server"),
+            ("destination_workload_namespace", "shop"),
+            ("destination_principal", server.identity().as_str()),
+            ("request_protocol", "tcp"),
+            ("response_flags", "-"),
+        ] {
+            assert_eq!(labels.get(label).map(String::as_str), Some(value), "{label}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn bytes_are_counted_while_a_connection_lasts() -> Result {
+    needs_root!();
+    let (lab, client, server) = stage(&["echo:7000"])?;
+    let (mut held, _) = client.hold(server.at(7000), 3).open()?;
+    for round in 1..4_u32 {
+        for (node, reporter) in [(1, "source"), (2, "destination")] {
+            let mine = [("reporter", reporter)];
+            let agent = lab.agent(node)?;
+            until(Duration::from_secs(5), "live bytes", || {
+                let scrape = agent.metrics().ok()?;
+                (scrape.sum(SENT, &mine) == f64::from(3 * round)).then_some(())
+            })?;
+            assert_eq!(agent.metrics()?.sum("istio_tcp_connections_closed_total", &mine), 0.0);
+        }
+        held.check()?;
+    }
+    held.close()
+}
+
+#[test]
+fn the_access_log_names_both_ends_of_a_connection() -> Result {
+    needs_root!();
+    let (lab, client, server) = stage(&["echo:7000"])?;
+    let seen = client.connect(server.at(7000)).say("hello").with("--expect", 5).run()?;
+    let local = seen.local.map(|local| local.to_string()).unwrap_or_default();
+    let source = lab.agent(1)?.wait_access("the source's line", |line| line.get("src.addr") == local)?;
+    let destination = lab
+        .agent(2)?
+        .wait_access("the destination's line", |line| line.get("dst.hbone_addr") == server.at(7000).to_string())?;
+    for (line, direction) in [(&source, "outbound"), (&destination, "inbound")] {
+        for (key, value) in [
+            ("direction", direction),
+            ("message", "connection complete"),
+            ("src.workload", "client"),
+            ("src.namespace", "shop"),
+            ("src.identity", client.identity().as_str()),
+            ("dst.workload", "server"),
+            ("dst.namespace", "shop"),
+            ("dst.identity", server.identity().as_str()),
+            ("dst.hbone_addr", server.at(7000).to_string().as_str()),
+            ("bytes_sent", "5"),
+            ("bytes_recv", "5"),
+        ] {
+            assert_eq!(line.get(key), value, "{key} of {line:?}");
+        }
+        assert!(line.get("duration").ends_with("ms"), "{line:?}");
+    }
+    assert_eq!(source.get("trace_id"), destination.get("trace_id"), "one connection, one id");
+    Ok(())
+}
+
+#[test]
+fn a_pod_that_can_not_be_captured_is_reported_with_the_reason() -> Result {
+    needs_root!();
+    let (lab, client, server) = stage(&["echo:7000"])?;
+    let lost = lab.pod("shop", "lost").annotate("lab.heddle.dev/cgroup", "/nowhere/at/all").unproven().start()?;
+    let reason = lost.wait_state("uncaptured")?;
+    assert!(!reason.is_empty());
+    let agent = lab.agent(1)?;
+    let scrape = until(Duration::from_secs(5), "the gauge", || {
+        agent.metrics().ok().filter(|scrape| scrape.sum("heddle_pods_uncaptured", &[]) >= 1.0)
+    })?;
+    assert_eq!(scrape.sum("heddle_pods_uncaptured", &[("reason", reason.as_str())]), 1.0);
+    assert!(agent.status_text()?.lines().any(|line| line.contains("lost") && line.contains("uncaptured")));
+    // It is the only one: others of the node are served as ever.
+    assert_eq!(client.connect(server.at(7000)).say("x").with("--expect", 1).run()?.error, None);
+    Ok(())
+}
+
+#[test]
+fn certificate_expiry_and_captured_pods_are_in_the_metrics() -> Result {
+    needs_root!();
+    let (lab, _client, _server) = stage(&["echo:7000"])?;
+    let scrape = lab.agent(1)?.metrics()?;
+    assert_eq!(scrape.sum("heddle_pods_captured", &[]), 1.0);
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs_f64();
+    let expiries: Vec<f64> =
+        scrape.with("heddle_certificate_expiry_timestamp_seconds", &[]).map(|sample| sample.value).collect();
+    assert!(
+        !expiries.is_empty() && expiries.iter().all(|at| *at > now && *at < now + 3_700.0),
+        "{expiries:?} at {now}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_connection_that_fails_is_counted_and_logged_with_its_reason() -> Result {
+    needs_root!();
+    let (lab, client, server) = stage(&["echo:7000"])?;
+    client.connect(server.at(7999)).say("x").with("--expect", 1).run()?;
+    let agent = lab.agent(1)?;
+    let line = agent.wait_access("the failure", |line| line.get("message") == "connection failed")?;
+    assert_ne!((line.get("reason"), line.get("response_flags")), ("", "-"), "{line:?}");
+    assert!(agent.metrics()?.sum("istio_tcp_connections_failed_total", &[("reporter", "source")]) >= 1.0);
+    Ok(())
+}

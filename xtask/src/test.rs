@@ -1,0 +1,155 @@
+//! `cargo xtask test`: format, lints, the kernel object, unit and property tests, the lab; then a summary of all of it and
+//! of what could not run here.
+
+use std::{
+    fs,
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    console::{PACKAGES, cargo, catch_interrupts, follow, interrupted, is_root, show, target},
+    ebpf, setup,
+    steps::Tally,
+};
+
+#[derive(Debug, Default, clap::Args)]
+pub struct Options {
+    /// Only lab tests whose name (file::claim) contains this
+    #[arg(long)]
+    pub lab: Option<String>,
+}
+
+pub fn run(options: &Options) -> Result<ExitCode> {
+    catch_interrupts()?;
+    let mut tally = Tally::default();
+    setup::run()?;
+    title("build");
+    let built = show(cargo(["build"]).args(PACKAGES))?;
+    ensure!(built.success(), "the build failed");
+    if options.lab.is_none() {
+        checks(&mut tally)?;
+        unit_tests(&mut tally)?;
+    }
+    if !interrupted() {
+        lab_tests(&mut tally, options.lab.as_deref())?;
+    }
+    leave_nothing(&mut tally)?;
+    println!();
+    if interrupted() {
+        tally.check("the run was interrupted", false);
+    }
+    println!("{}", tally.summary());
+    Ok(if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn title(name: &str) {
+    println!("\n== {name}");
+}
+
+/// What needs no test harness.
+fn checks(tally: &mut Tally) -> Result<()> {
+    title("format");
+    if has("fmt") {
+        tally.check("cargo fmt --check", show(&mut cargo(["fmt", "--all", "--check"]))?.success());
+    } else {
+        tally.skipped.push("cargo fmt --check: rustfmt is not installed (rustup component add rustfmt)".to_owned());
+    }
+    title("lints");
+    if has("clippy") {
+        let linted = show(cargo(["clippy", "--all-targets"]).args(PACKAGES).args(["--", "-D", "warnings"]))?;
+        tally.check("cargo clippy", linted.success());
+    } else {
+        tally.skipped.push("cargo clippy: not installed (rustup component add clippy)".to_owned());
+    }
+    title("kernel object");
+    match ebpf::run(true) {
+        Ok(()) => tally.check("cargo xtask ebpf --check", true),
+        Err(error) => {
+            eprintln!("{error:#}");
+            tally.check("cargo xtask ebpf --check", false);
+        }
+    }
+    Ok(())
+}
+
+fn unit_tests(tally: &mut Tally) -> Result<()> {
+    title("unit and property tests");
+    let before = tally.failed;
+    let done = if has("nextest") {
+        let only = ["--no-fail-fast", "-E", "not (package(heddle-lab) & kind(test))"];
+        follow(cargo(["nextest", "run"]).args(PACKAGES).args(only), |line| tally.read(line))?
+    } else {
+        follow(cargo(["test", "--lib", "--bins", "--no-fail-fast"]).args(PACKAGES), |line| tally.read(line))?
+    };
+    settle(tally, before, done.success(), "unit tests");
+    title("examples in the documentation");
+    let before = tally.failed;
+    let done = follow(cargo(["test", "--doc"]).args(PACKAGES), |line| tally.read(line))?;
+    settle(tally, before, done.success(), "documentation tests");
+    Ok(())
+}
+
+fn lab_tests(tally: &mut Tally, only: Option<&str>) -> Result<()> {
+    title("the lab");
+    let skips = target().join("lab-skips.txt");
+    // Notes of an earlier run are not ours; there may be none.
+    let _ = fs::remove_file(&skips);
+    let before = tally.failed;
+    let mut good = true;
+    let mut run = |command: &mut Command, tally: &mut Tally| -> Result<()> {
+        let done = follow(command.env("HEDDLE_SKIPS", &skips), |line| tally.read(line))?;
+        good &= done.success();
+        Ok(())
+    };
+    if has("nextest") {
+        let mut filter = "package(heddle-lab) & kind(test)".to_owned();
+        if let Some(only) = only {
+            filter.push_str(&format!(" & test({only})"));
+        }
+        run(cargo(["nextest", "run", "--no-fail-fast", "-E", &filter]).args(PACKAGES), tally)?;
+    } else {
+        let name = only.unwrap_or_default();
+        let mut harness = |args: &[&str]| {
+            run(cargo(["test", "--no-fail-fast", "--test", "lab"]).args(PACKAGES).arg("--").args(args), tally)
+        };
+        harness(&[name, "--test-threads=2", "--skip", "load::"])?;
+        // These load the machine: one at a time.
+        if only.is_none_or(|only| "load::".contains(only)) {
+            harness(&["load::", "--test-threads=1"])?;
+        }
+    }
+    settle(tally, before, good, "lab tests");
+    let notes = fs::read_to_string(&skips).unwrap_or_default();
+    tally.skip_passed(notes.lines().map(str::to_owned));
+    Ok(())
+}
+
+/// A harness that failed without a failed test: it didn't compile, or was ended.
+fn settle(tally: &mut Tally, before: u64, good: bool, name: &str) {
+    if !good && tally.failed == before {
+        tally.check(name, false);
+    }
+}
+
+/// Takes away what killed tests left, and fails for what is there then: a lab removes itself.
+fn leave_nothing(tally: &mut Tally) -> Result<()> {
+    if !is_root() {
+        return Ok(());
+    }
+    title("left behind");
+    let broom = target().join("debug/heddle-lab");
+    let swept = Command::new(&broom).arg("sweep").output().context("running heddle-lab sweep")?;
+    print!("{}", String::from_utf8_lossy(&swept.stdout));
+    // Only labs of processes that were killed are left to be swept: after an interrupt that is in order.
+    let nothing_swept = swept.stdout.is_empty() || interrupted();
+    tally.check("every lab removed itself", swept.status.success() && nothing_swept);
+    tally.check("nothing is left behind", show(Command::new(&broom).arg("leftovers"))?.success());
+    Ok(())
+}
+
+/// Whether cargo has the subcommand.
+fn has(subcommand: &str) -> bool {
+    cargo([subcommand, "--version"]).output().is_ok_and(|output| output.status.success())
+}
