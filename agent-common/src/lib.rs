@@ -10,14 +10,17 @@
 //!   `lookup`, then `connect4` and `connect6`. With `connect` attached and the slot empty, connections to mesh
 //!   destinations are refused (EPERM), or left plain for a pod with [`gate::OPEN_WHEN_UNATTENDED`].
 //! - **Presence is the slot**: an agent serves a pod exactly while a listening socket is in its `LISTENERS` slot. The
-//!   kernel empties the slot when the last descriptor of that listener closes, so a crash needs no clean-up and there is
-//!   no heartbeat. A hand-over passes the descriptors on, or puts the new listener into the slot before the old one closes.
+//!   kernel empties the slot when the last descriptor of that listener closes, so a crash needs no clean-up and there
+//!   is no heartbeat. A hand-over passes the descriptors on, or puts the new listener into the slot before the old one
+//!   closes.
 //! - **`COUNTS` is for a slot's whole life**: write zeroes for every CPU before a slot is given to another pod.
 //! - **`AYA_LOGS` is shared**: the loader pins it beside the other maps (`map_pin_path`), one reader serves all pods.
 //! - **Marked packets never leave**: besides the local route, [`ROUTE_TABLE`] holds an `unreachable default` of higher
 //!   metric, so that a marked packet which finds no `lo` route is refused and does not fall through to the main table.
-//! - **Outbound or not is for the agent to check**: the listener also gets a connection to an address that is neither the
-//!   pod's own nor a mesh destination (another interface's). Only a known destination may be dialled, else it would dial itself.
+//!   A socket that is bound to a device escapes both; `connect` unbinds it, or refuses where the app may not unbind.
+//! - **Outbound or not is for the agent to check**: the listener also gets a connection to an address that is neither
+//!   the pod's own nor a mesh destination (another interface's). Only a known destination may be dialled, else it
+//!   would dial itself.
 #![no_std]
 
 use core::mem::{align_of, offset_of, size_of};
@@ -195,7 +198,8 @@ const _: () = {
 mod plain_old_data {
     use super::{Address, Attestation, Destination, Pod, PodCounts, PodGate, Tuple};
 
-    // SAFETY: each is repr(C), made of integers with explicit padding (sizes asserted above), valid for any bit pattern.
+    // SAFETY: each is repr(C), made of integers with explicit padding (sizes asserted above), valid for any bit
+    // pattern.
     unsafe impl aya::Pod for Address {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Destination {}

@@ -33,8 +33,8 @@ pub const CRATES: [&str; 7] = [
     "aya-log-ebpf",
     "aya-log-ebpf-macros",
 ];
-/// Flags of the compiler that shape the object. The bindings' architecture matters to `pt_regs` only, which nothing here
-/// uses: the object is the same for x86-64 and AArch64.
+/// Flags of the compiler that shape the object. The bindings' architecture matters to `pt_regs` only, which nothing
+/// here uses: the object is the same for x86-64 and AArch64.
 pub const FLAGS: [&str; 3] = ["--cfg=bpf_target_arch=\"x86_64\"", "-Cdebuginfo=2", "-Clink-arg=--btf"];
 
 /// The manifest of the files at `root` as they are now.

@@ -63,8 +63,8 @@ impl Ip {
     }
 }
 
-/// Reads the word at `OFFSET` of a context. The verifier takes context accesses of a fixed offset and of the field's own
-/// width only; the compiler, left to itself, merges neighbours and adds the offset to the pointer.
+/// Reads the word at `OFFSET` of a context. The verifier takes context accesses of a fixed offset and of the field's
+/// own width only; the compiler, left to itself, merges neighbours and adds the offset to the pointer.
 ///
 /// # Safety
 /// `context` is the pointer that the kernel gave to the running program, and a word field lies at `OFFSET`.

@@ -1,4 +1,5 @@
-//! `connect()`: marks a pod's TCP connection to a mesh destination, so that the pod's local route brings it to the agent.
+//! `connect()`: marks a pod's TCP connection to a mesh destination, so that the pod's local route brings it to the
+//! agent.
 //!
 //! First on the journey, in the context of the app's own system call. What is no mesh destination is left alone. A mesh
 //! connection that can't be marked, or that no agent would answer, is refused with EPERM; it must never go out plainly
@@ -49,8 +50,8 @@ fn connect(ctx: &SockAddrContext, destination: Ip) -> i32 {
         return PROCEED;
     }
     if !maps::attended() {
-        // Marked, it would wait for an answer that never comes: the kernel sends no reset from an address that is not the
-        // pod's. So it is refused here, or left alone as an open pod's annotation asks.
+        // Marked, it would wait for an answer that never comes: the kernel sends no reset from an address that is not
+        // the pod's. So it is refused here, or left alone as an open pod's annotation asks.
         if maps::open_when_unattended() {
             maps::count(offset_of!(PodCounts, unattended_passed));
             return PROCEED;
@@ -95,9 +96,9 @@ fn set(ctx: &SockAddrContext, option: i32, mut value: u32) -> Result<(), i64> {
     }
 }
 
-/// Tells the agent of a refused connection. A function of its own, so that the path of every other connection stays short;
-/// a global one by its fixed name, so that the object has no name that depends on where it was built. The verifier checks
-/// it by its signature: numbers in, a number out.
+/// Tells the agent of a refused connection. A function of its own, so that the path of every other connection stays
+/// short; a global one by its fixed name, so that the object has no name that depends on where it was built. The
+/// verifier checks it by its signature: numbers in, a number out.
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn report_unmarkable(high: u64, low: u64, error: i64) -> i32 {

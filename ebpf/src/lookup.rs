@@ -1,8 +1,8 @@
 //! `sk_lookup`: decides, in the pod's netns, which socket answers a new TCP connection.
 //!
 //! Second on the journey and last before the app: the agent's listener, the app, or nobody. It decides by addresses
-//! alone. It must never give the app a connection from outside that nobody vouched for, unless the pod's annotation says
-//! so while no agent is there, and never give anybody the listener's own port.
+//! alone. It must never give the app a connection from outside that nobody vouched for, unless the pod's annotation
+//! says so while no agent is there, and never give anybody the listener's own port.
 
 use core::mem::offset_of;
 
@@ -42,7 +42,8 @@ pub fn lookup(ctx: &SkLookupContext) -> u32 {
         },
         _ => return SK_PASS,
     };
-    // SAFETY: as above. The source port is in network order, in the lower half of its word; the destination port is in host order.
+    // SAFETY: as above. The source port is in network order, in the lower half of its word; the destination port is in
+    // host order.
     let (source_port, destination_port) = unsafe {
         (u16::from_be(word!(raw, bpf_sk_lookup, remote_port) as u16), word!(raw, bpf_sk_lookup, local_port) as u16)
     };

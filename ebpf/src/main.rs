@@ -1,12 +1,12 @@
 //! The kernel side: one file per hook, named for what it does to traffic.
 //!
 //! One instance of these programs exists per pod, with the pod's slot and addresses as read-only data. They use UAPI
-//! contexts and helpers only, nothing newer than Linux 5.10, so one object serves every kernel and both byte-order-equal
-//! architectures. They must never let a mesh connection go on plainly because something failed: what can't be steered is
+//! contexts and helpers only, nothing newer than Linux 5.10, so one object serves every kernel on every little-endian
+//! architecture. They must never let a mesh connection go on plainly because something failed: what can't be steered is
 //! refused.
 //!
-//! Stable Rust has no BPF target: there this is an empty program, and the agent embeds `ebpf/object/heddle.bpf.o`, which
-//! `cargo xtask ebpf` builds.
+//! Stable Rust has no BPF target: there this is an empty program, and the agent embeds `ebpf/object/heddle.bpf.o`,
+//! which `cargo xtask ebpf` builds.
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 
 #[cfg(target_arch = "bpf")]
@@ -52,7 +52,8 @@ mod programs {
         unsafe { core::hint::unreachable_unchecked() }
     }
 
-    /// The kernel gives some helpers only to programs under a GPL-compatible licence; ring buffers and maps are among them.
+    /// The kernel gives some helpers only to programs under a GPL-compatible licence; ring buffers and maps are among
+    /// them.
     #[unsafe(link_section = "license")]
     #[unsafe(no_mangle)]
     static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -21,7 +21,8 @@ use crate::address::Ip;
 #[map]
 static DESTINATIONS: HashMap<Address, Destination> = HashMap::pinned(MAX_DESTINATIONS, BPF_F_NO_PREALLOC);
 
-/// Connections that someone vouched for. Not an LRU: an entry leaves by its owner's hand only, never because others came.
+/// Connections that someone vouched for. Not an LRU: an entry leaves by its owner's hand only, never because others
+/// came.
 #[map]
 static ATTESTED: HashMap<Tuple, Attestation> = HashMap::pinned(MAX_ATTESTED, BPF_F_NO_PREALLOC);
 
@@ -90,8 +91,8 @@ pub fn open_when_unattended() -> bool {
 #[inline(always)]
 pub fn attended() -> bool {
     let slot = slot();
-    // SAFETY: LISTENERS is a map and the key lives on this stack. What a look-up in a sockmap returns is a socket with a
-    // reference of its own (Linux 5.8), which is given back at once.
+    // SAFETY: LISTENERS is a map and the key lives on this stack. What a look-up in a sockmap returns is a socket with
+    // a reference of its own (Linux 5.8), which is given back at once.
     unsafe {
         let socket: *mut bpf_sock =
             bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast::<c_void>(), (&raw const slot).cast()).cast();
@@ -107,9 +108,9 @@ pub fn attended() -> bool {
 #[inline(always)]
 pub fn count(field: usize) {
     let Some(counts) = COUNTS.get_ptr_mut(slot()) else { return };
-    // SAFETY: `field` is the offset of a field, so the place is in this CPU's map value, 8-aligned, and lives as long as
-    // the program runs. One atomic instruction, as a connect() in process context may be interrupted by a look-up on the
-    // same CPU; `core` offers no atomic addition for this target.
+    // SAFETY: `field` is the offset of a field, so the place is in this CPU's map value, 8-aligned, and lives as long
+    // as the program runs. One atomic instruction, as a connect() in process context may be interrupted by a look-up
+    // on the same CPU; `core` offers no atomic addition for this target.
     unsafe {
         let place = counts.byte_add(field);
         asm!("lock *(u64 *)({place} + 0) += {one}", place = in(reg) place, one = in(reg) 1_u64, options(nostack));

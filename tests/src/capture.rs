@@ -5,6 +5,7 @@ use std::{
     fs,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
+    sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
 
@@ -41,14 +42,17 @@ pub struct Traffic {
 
 impl Recording {
     pub fn start(node: &Node, claim: &Claim) -> Result<Self> {
-        let file = claim.dir.join("link.pcap");
+        static COUNT: AtomicU32 = AtomicU32::new(1);
+        // Names of its own: what an earlier recording said of itself is not said of this one.
+        let name = format!("recording-{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        let file = claim.dir.join(format!("{name}.pcap"));
         let path = file.to_str().context("path is not UTF-8")?;
         let place =
             Place { netns: Some(node.netns.path()), cgroup: Some(claim.cgroup.clone()), logs: claim.dir.join("logs") };
         // Whole packets, a kernel buffer of 64 MiB, written packet by packet, and no dropping to another user, who could
         // not write into the lab's folder.
         let args = ["-i", LINK, "-w", path, "-s", "0", "-B", "65536", "-U", "--immediate-mode", "-Z", "root", "-n"];
-        let process = Process::start(&place, "tcpdump", "tcpdump", &args)?;
+        let process = Process::start(&place, &name, "tcpdump", &args)?;
         until(Duration::from_secs(10), "tcpdump listening", || process.stderr().contains("listening on").then_some(()))
             .with_context(|| process.stderr())?;
         Ok(Self { process, file })

@@ -36,7 +36,8 @@ impl Scrape {
     /// Their sum; 0 where there is none.
     #[must_use]
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
-        self.with(name, labels).map(|sample| sample.value).sum()
+        // Not sum(): of nothing that is -0.
+        self.with(name, labels).fold(0.0, |sum, sample| sum + sample.value)
     }
 
     /// Whether the metric is there at all.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 pub struct Connected {
     /// `connect()` succeeded. With Fast Open it says so before the server was asked.
     pub connected: bool,
-    /// `refused`, `reset`, `timeout`, `unreachable`, `closed` (ended before what was expected came), or the message.
+    /// `refused`, `forbidden` (EPERM), `reset`, `timeout`, `unreachable`, `closed` (ended before what was expected came), or the message.
     pub error: Option<String>,
     /// `connect()` (microseconds).
     pub connect_us: u64,
@@ -34,11 +34,11 @@ impl Connected {
         Ok(serde_json::from_str(&self.received)?)
     }
 
-    /// Refused, reset, or closed without an answer: what a client of a connection that is not let through can meet. A
+    /// Refused, forbidden by the kernel's own hook, reset, or closed without an answer: what a client of a connection that is not let through can meet. A
     /// client that only hangs was not refused.
     #[must_use]
     pub fn was_refused(&self) -> bool {
-        matches!(self.error.as_deref(), Some("refused" | "reset" | "closed"))
+        matches!(self.error.as_deref(), Some("refused" | "forbidden" | "reset" | "closed"))
     }
 }
 

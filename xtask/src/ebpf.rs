@@ -28,7 +28,8 @@ const TOOLCHAIN: &str = "ebpf/object/TOOLCHAIN";
 /// Rebuilds the object and its records; with `check` compares with the committed ones and changes nothing.
 ///
 /// # Errors
-/// Stale sources, other bytes from the same toolchain, a failed build; without `check` also a toolchain that can't be had.
+/// Stale sources, other bytes from the same toolchain, a failed build; without `check` also a toolchain that can't be
+/// had.
 pub fn run(check: bool) -> Result<()> {
     let root = fs::canonicalize(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."))?;
     if check {

@@ -218,6 +218,32 @@ async fn restore(netns: &Arc<Netns>, switched_on: &[String]) -> io::Result<()> {
     sysctl::switch(netns, switched_on, false)
 }
 
+/// Takes the programs off, what marks connections first.
+fn unhang(folder: &Path, name: &Arc<str>) -> Result<(), CaptureError> {
+    PROGRAMS
+        .iter()
+        .rev()
+        .try_for_each(|(program, _)| pin::remove_if_there(&folder.join(program)).map_err(at(name, Step::Pins)))
+}
+
+/// Closes capture's own hold on the pod's listener; with `programs`, takes the pod's programs off first, so that its new
+/// connections are its own, while routes and record stay for those that are carried.
+pub async fn unlisten(node: &Arc<Node>, uid: &str, programs: bool) -> Result<(), CaptureError> {
+    let (pod, live) = node.live(uid)?;
+    let _turn = pod.turn.lock().await;
+    let (node, folder) = (Arc::clone(node), node.pins.pod(uid));
+    blocking(move || {
+        let name = &live.spec.name;
+        if programs {
+            unhang(&folder, name)?;
+        }
+        kernel::take_socket(&node.maps.listeners(), live.slot).map_err(at(name, Step::Listener))
+    })
+    .await?;
+    pod.drop_listener();
+    Ok(())
+}
+
 /// Takes everything of a pod away. Whether there was anything.
 pub async fn withdraw(node: &Arc<Node>, uid: &str) -> Result<bool, CaptureError> {
     let pod = node.pod(uid);
@@ -241,9 +267,7 @@ pub async fn withdraw(node: &Arc<Node>, uid: &str) -> Result<bool, CaptureError>
         let (node, pod, folder, record, live, name) =
             (Arc::clone(node), pod.clone(), folder.clone(), record.clone(), live.clone(), Arc::clone(&name));
         blocking(move || {
-            for (program, _) in PROGRAMS.iter().rev() {
-                pin::remove_if_there(&folder.join(program)).map_err(at(&name, Step::Pins))?;
-            }
+            unhang(&folder, &name)?;
             if let Some(slot) = slot {
                 kernel::take_socket(&node.maps.listeners(), slot).map_err(at(&name, Step::Listener))?;
                 node.maps.set_gate(slot, 0)?;

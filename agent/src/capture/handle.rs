@@ -11,7 +11,6 @@ use std::{
 use super::{
     connect,
     enrol::{self, blocking},
-    kernel,
     load::Object,
     maps::Maps,
     messages,
@@ -122,23 +121,14 @@ impl Handle {
     /// on new connections are refused (or pass, where the pod asks for that), and another agent may open its own. For an
     /// agent that drains. [`Handle::attach`] opens a new one.
     pub async fn unlisten(&self, uid: &str) -> Result<(), CaptureError> {
-        let (pod, live) = self.node.live(uid)?;
-        let _turn = pod.turn.lock().await;
-        if pod.listener().is_some() {
-            let node = Arc::clone(&self.node);
-            let name = Arc::clone(&live.spec.name);
-            blocking(move || {
-                let step = super::error::Step::Listener;
-                kernel::take_socket(&node.maps.listeners(), live.slot).map_err(|source| CaptureError::Pod {
-                    pod: name,
-                    step,
-                    source,
-                })
-            })
-            .await?;
-            pod.drop_listener();
-        }
-        Ok(())
+        enrol::unlisten(&self.node, uid, false).await
+    }
+
+    /// Takes the pod's programs off and gives up the listener: from then on its new connections are its own, in both
+    /// directions. Rules and routes stay for the connections that the agent carries; [`Handle::withdraw`] takes them when
+    /// those have ended.
+    pub async fn release(&self, uid: &str) -> Result<(), CaptureError> {
+        enrol::unlisten(&self.node, uid, true).await
     }
 
     /// Takes away everything of the pod: links, rules, routes, sysctl, pins. Connections that the agent still carries for the pod

@@ -1,8 +1,9 @@
-//! One rule and one route per family in the pod's netns: marked packets go to `lo`.
+//! One rule and two routes per family in the pod's netns: marked packets go to `lo`, or nowhere.
 //!
-//! `ip rule add fwmark MARK lookup ROUTE_TABLE pref RULE_PREFERENCE` and `ip route add local default dev lo src <pod address>
-//! table ROUTE_TABLE`: so the SYN of a captured connection, and an app's answer to a delivery, find `lo`, where `lookup`
-//! decides. Never touches another table or another rule.
+//! `ip rule add fwmark MARK lookup ROUTE_TABLE pref RULE_PREFERENCE`, `ip route add local default dev lo src <pod address>
+//! table ROUTE_TABLE` and behind it `ip route add unreachable default metric … table ROUTE_TABLE`: so the SYN of a captured
+//! connection, and an app's answer to a delivery, find `lo`, where `lookup` decides, and a marked packet never falls through
+//! to the main table. Never touches another table or another rule.
 
 use std::{
     io,
@@ -12,10 +13,10 @@ use std::{
 
 use heddle_common::{MARK, ROUTE_TABLE, RULE_PREFERENCE};
 use rtnetlink::{
-    Handle, IpVersion, RouteMessageBuilder,
+    Handle, RouteMessageBuilder,
     packet_route::{
         route::{RouteMessage, RouteProtocol, RouteScope, RouteType},
-        rule::{RuleAction, RuleMessage},
+        rule::{RuleAction, RuleAttribute, RuleMessage},
     },
 };
 use tokio::task::JoinHandle;
@@ -25,61 +26,60 @@ use super::netns::Netns;
 /// Index of `lo` in every netns (`LOOPBACK_IFINDEX`).
 const LOOPBACK: u32 = 1;
 
-/// Makes the rules and routes exactly those of `addresses`: each family that has one gets its own, with the first address as
-/// the source, and a family without loses what it had.
+/// Metric of the IPv6 local route (the kernel's default; the IPv4 one has 0).
+const FIRST: u32 = 1_024;
+/// Metric of the unreachable routes.
+const LAST: u32 = 65_536;
+
+/// What netlink says where a family is not in the kernel.
+const NO_FAMILY: [i32; 2] = [libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
+/// What it says where there is nothing to remove, with the family or without.
+const ABSENT: [i32; 5] = [libc::ENOENT, libc::ESRCH, libc::ENODEV, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
+
+/// Makes the rules and routes exactly those of `addresses`: a family that has one gets a local route with the first as its
+/// source; a family without is left with the unreachable route alone, so that nothing marked leaves over it.
 pub async fn put(netns: &Netns, addresses: &[IpAddr]) -> io::Result<()> {
     let link = Link::open(netns)?;
-    let v4 = addresses.iter().find_map(|address| match address {
-        IpAddr::V4(address) => Some(*address),
-        IpAddr::V6(_) => None,
-    });
-    let v6 = addresses.iter().find_map(|address| match address {
-        IpAddr::V6(address) => Some(*address),
-        IpAddr::V4(_) => None,
-    });
-    match v4 {
-        Some(source) => {
-            let route = v4_route().pref_source(source).build();
-            link.replace_route(route).await?;
-            let rule = link.handle.rule().add().v4().fw_mark(MARK).priority(RULE_PREFERENCE).table_id(ROUTE_TABLE);
-            ignore(&[libc::EEXIST], rule.action(RuleAction::ToTable).execute().await)?;
+    let mut v4 = None;
+    let mut v6 = None;
+    for address in addresses {
+        match address {
+            IpAddr::V4(address) => v4 = v4.or(Some(*address)),
+            IpAddr::V6(address) => v6 = v6.or(Some(*address)),
         }
-        None => link.clear(IpVersion::V4).await?,
     }
-    match v6 {
-        Some(source) => {
-            let route = v6_route().pref_source(source).build();
-            link.replace_route(route).await?;
-            let rule = link.handle.rule().add().v6().fw_mark(MARK).priority(RULE_PREFERENCE).table_id(ROUTE_TABLE);
-            ignore(&[libc::EEXIST], rule.action(RuleAction::ToTable).execute().await)?;
-        }
-        None => link.clear(IpVersion::V6).await?,
-    }
-    Ok(())
+    let local = v4.map(|source| v4_local().pref_source(source).build());
+    link.put(link.v4_rule(), v4_unreachable(), local, v4_local().build()).await?;
+    let local = v6.map(|source| v6_local().pref_source(source).build());
+    link.put(link.v6_rule(), v6_unreachable(), local, v6_local().build()).await
 }
 
 /// Removes them.
 pub async fn clear(netns: &Netns) -> io::Result<()> {
     let link = Link::open(netns)?;
-    link.clear(IpVersion::V4).await?;
-    link.clear(IpVersion::V6).await
+    link.clear(link.v4_rule(), [v4_local().build(), v4_unreachable()]).await?;
+    link.clear(link.v6_rule(), [v6_local().build(), v6_unreachable()]).await
 }
 
-fn v4_route() -> RouteMessageBuilder<Ipv4Addr> {
-    RouteMessageBuilder::<Ipv4Addr>::new()
-        .table_id(ROUTE_TABLE)
-        .kind(RouteType::Local)
-        .scope(RouteScope::Host)
-        .protocol(RouteProtocol::Static)
-        .output_interface(LOOPBACK)
+fn v4_local() -> RouteMessageBuilder<Ipv4Addr> {
+    let route = RouteMessageBuilder::<Ipv4Addr>::new().table_id(ROUTE_TABLE).protocol(RouteProtocol::Static);
+    route.kind(RouteType::Local).scope(RouteScope::Host).output_interface(LOOPBACK)
 }
 
-fn v6_route() -> RouteMessageBuilder<Ipv6Addr> {
-    RouteMessageBuilder::<Ipv6Addr>::new()
-        .table_id(ROUTE_TABLE)
-        .kind(RouteType::Local)
-        .protocol(RouteProtocol::Static)
-        .output_interface(LOOPBACK)
+fn v6_local() -> RouteMessageBuilder<Ipv6Addr> {
+    let route = RouteMessageBuilder::<Ipv6Addr>::new().table_id(ROUTE_TABLE).protocol(RouteProtocol::Static);
+    // The metric tells it from the unreachable route when it is removed: the kernel does not compare IPv6 route types.
+    route.kind(RouteType::Local).output_interface(LOOPBACK).priority(FIRST)
+}
+
+fn v4_unreachable() -> RouteMessage {
+    let route = RouteMessageBuilder::<Ipv4Addr>::new().table_id(ROUTE_TABLE).protocol(RouteProtocol::Static);
+    route.kind(RouteType::Unreachable).priority(LAST).build()
+}
+
+fn v6_unreachable() -> RouteMessage {
+    let route = RouteMessageBuilder::<Ipv6Addr>::new().table_id(ROUTE_TABLE).protocol(RouteProtocol::Static);
+    route.kind(RouteType::Unreachable).priority(LAST).build()
 }
 
 /// A netlink socket that was made inside the netns and so speaks of it from wherever it is used.
@@ -94,30 +94,62 @@ impl Link {
         Ok(Self { handle, connection: tokio::spawn(connection) })
     }
 
-    async fn replace_route(&self, route: RouteMessage) -> io::Result<()> {
-        self.handle.route().add(route).replace().execute().await.map_err(to_io)
+    fn v4_rule(&self) -> RuleMessage {
+        ruled(self.handle.rule().add().v4().message_mut())
     }
 
-    /// Removes rule and route of one family; a family that the kernel does not have holds none.
-    async fn clear(&self, version: IpVersion) -> io::Result<()> {
-        let absent = [libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT, libc::EOPNOTSUPP, libc::ENODEV];
-        let (rule, route) = match version {
-            IpVersion::V4 => {
-                let mut add =
-                    self.handle.rule().add().v4().fw_mark(MARK).priority(RULE_PREFERENCE).table_id(ROUTE_TABLE);
-                add.message_mut().header.action = RuleAction::ToTable;
-                (RuleMessage::clone(add.message_mut()), v4_route().build())
-            }
-            IpVersion::V6 => {
-                let mut add =
-                    self.handle.rule().add().v6().fw_mark(MARK).priority(RULE_PREFERENCE).table_id(ROUTE_TABLE);
-                add.message_mut().header.action = RuleAction::ToTable;
-                (RuleMessage::clone(add.message_mut()), v6_route().build())
-            }
-        };
-        ignore(&absent, self.handle.rule().del(rule).execute().await)?;
-        ignore(&absent, self.handle.route().del(route).execute().await)
+    fn v6_rule(&self) -> RuleMessage {
+        ruled(self.handle.rule().add().v6().message_mut())
     }
+
+    /// The routes first, so that the rule never leads to an empty table. The unreachable one is the guard, so it comes before
+    /// the local one and stays without it.
+    async fn put(
+        &self,
+        rule: RuleMessage,
+        unreachable: RouteMessage,
+        local: Option<RouteMessage>,
+        former: RouteMessage,
+    ) -> io::Result<()> {
+        let wanted = local.is_some();
+        match self.replace(unreachable).await {
+            // Nothing leaves over a family that is not there.
+            Err(error) if !wanted && error.raw_os_error().is_some_and(|code| NO_FAMILY.contains(&code)) => {
+                return Ok(());
+            }
+            other => other?,
+        }
+        match local {
+            Some(local) => self.replace(local).await?,
+            None => ignore(&ABSENT, self.handle.route().del(former).execute().await)?,
+        }
+        let mut add = self.handle.rule().add();
+        *add.message_mut() = rule;
+        ignore(&[libc::EEXIST], add.execute().await)
+    }
+
+    async fn replace(&self, route: RouteMessage) -> io::Result<()> {
+        ignore(&[], self.handle.route().add(route).replace().execute().await)
+    }
+
+    async fn clear(&self, rule: RuleMessage, routes: [RouteMessage; 2]) -> io::Result<()> {
+        ignore(&ABSENT, self.handle.rule().del(rule).execute().await)?;
+        for route in routes {
+            ignore(&ABSENT, self.handle.route().del(route).execute().await)?;
+        }
+        Ok(())
+    }
+}
+
+/// The rule, made of one that has its family alone.
+fn ruled(message: &mut RuleMessage) -> RuleMessage {
+    let mut rule = message.clone();
+    rule.header.action = RuleAction::ToTable;
+    rule.header.table = 0;
+    rule.attributes.push(RuleAttribute::FwMark(MARK));
+    rule.attributes.push(RuleAttribute::Priority(RULE_PREFERENCE));
+    rule.attributes.push(RuleAttribute::Table(ROUTE_TABLE));
+    rule
 }
 
 impl Drop for Link {

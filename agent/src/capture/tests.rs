@@ -589,6 +589,7 @@ async fn changed_addresses_replace_the_programs_without_a_moment_in_which_the_ap
     let before = world.ids();
     let one_family = world.rules_and_routes();
     assert_eq!(one_family.matches("local default").count(), 1, "{one_family}");
+    assert_eq!(one_family.matches("unreachable default").count(), 2, "{one_family}");
 
     let stop = Arc::new(AtomicBool::new(false));
     let knocking = {
@@ -643,6 +644,20 @@ async fn what_is_not_proven_is_blocked_and_the_next_proof_unblocks_it() {
     ip(&format!("-n {} rule del pref {}", world.pod_ns(), heddle_common::RULE_PREFERENCE));
     let PodState::Uncaptured { reason, .. } = handle.prove("default/web.1").await else { panic!("the rule is gone") };
     assert!(reason.ends_with("probe"), "{reason}");
+    drop(handle.attach(world.spec()).await.unwrap());
+    assert_eq!(handle.prove("default/web.1").await, PodState::Captured);
+
+    // Somebody removes the routes to `lo`: what is marked goes nowhere, least of all out plainly.
+    let outside = app(&world.out(), SocketAddr::new(OUT4, 8_080));
+    let outside6 = app(&world.out(), SocketAddr::new(OUT6, 8_080));
+    handle.set_destinations(HashSet::from([OUT4, OUT6])).await.unwrap();
+    for (family, to) in [("-4", OUT4), ("-6", OUT6)] {
+        let table = heddle_common::ROUTE_TABLE;
+        ip(&format!("{family} -n {} route del local default dev lo table {table}", world.pod_ns()));
+        let said = world.pod_connects(SocketAddr::new(to, 8_080)).await.unwrap_err();
+        assert!(said.contains("unreachable") || said.contains("No route"), "{said}");
+    }
+    assert_eq!(outside.try_iter().count() + outside6.try_iter().count(), 0);
     drop(handle.attach(world.spec()).await.unwrap());
     assert_eq!(handle.prove("default/web.1").await, PodState::Captured);
 

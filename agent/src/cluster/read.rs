@@ -187,6 +187,9 @@ impl Manifest {
         }
         // Not read, and allowed to be anything.
         object.remove("status");
+        if let Some(field) = object.get("spec").and_then(|spec| list_for_object("spec", spec)) {
+            return self.carry(line, kind, &object, field, "is a list where an object is expected".into());
+        }
         let objects = &mut self.objects;
         let result = match kind {
             PolicyKind::AuthorizationPolicy => typed::<AuthorizationPolicy>(object.clone())
@@ -251,6 +254,28 @@ fn described(kind: &str, object: &Map<String, Value>) -> String {
 }
 
 type Fault = (String, String);
+
+/// Path of a list that stands where a policy has an object: serde would take its items for the fields, by position.
+fn list_for_object(path: &str, value: &Value) -> Option<String> {
+    /// Fields of the policy kinds that are objects; those of `portLevelMtls` are named for ports.
+    const OBJECTS: [&str; 6] = ["selector", "targetRef", "provider", "source", "operation", "mtls"];
+    let in_object = |(key, value): (&String, &Value)| {
+        let path = format!("{path}.{key}");
+        let is_port = key.bytes().all(|b| b.is_ascii_digit());
+        let misplaced = value.is_array() && (OBJECTS.contains(&key.as_str()) || is_port);
+        if misplaced { Some(path) } else { list_for_object(&path, value) }
+    };
+    match value {
+        Value::Object(object) => object.iter().find_map(in_object),
+        Value::Array(_) if path == "spec" => Some(path.into()),
+        // No list of these kinds holds lists.
+        Value::Array(items) => items.iter().enumerate().find_map(|(index, item)| {
+            let path = format!("{path}[{index}]");
+            if item.is_array() { Some(path) } else { list_for_object(&path, item) }
+        }),
+        _ => None,
+    }
+}
 
 /// Reads one object as its type; a failure names the field's path.
 fn typed<T: DeserializeOwned>(object: Map<String, Value>) -> Result<T, Fault> {

@@ -27,7 +27,7 @@ pub use verify::{PeerError, handshake_reason, peer_identity};
 
 /// Messages and service of `proto/citadel.proto`.
 mod proto {
-    #![allow(clippy::all, clippy::pedantic, clippy::unwrap_used, reason = "generated code")]
+    #![allow(clippy::all, clippy::allow_attributes_without_reason, reason = "generated code")]
     tonic::include_proto!("istio.v1.auth");
 }
 

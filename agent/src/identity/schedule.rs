@@ -131,7 +131,7 @@ impl Schedule {
             return Vec::new();
         }
         let mut due: Vec<_> = self.slots.iter_mut().filter(|(_, slot)| slot.due(now)).collect();
-        due.sort_by(|(_, a), (_, b)| (a.class, a.earliest).cmp(&(b.class, b.earliest)));
+        due.sort_by_key(|(_, slot)| (slot.class, slot.earliest));
         let mut started = Vec::new();
         for (identity, slot) in due.into_iter().take(room) {
             self.tickets += 1;

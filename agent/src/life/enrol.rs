@@ -8,7 +8,6 @@ use std::{
     collections::{HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
-    time::Duration,
 };
 
 use tokio::{
@@ -52,6 +51,8 @@ pub trait Stages: Clone + Send + Sync + 'static {
     fn carried(&self, uid: &str) -> usize;
     /// Closes them; gives how many.
     fn cut(&self, uid: &str) -> usize;
+    /// Takes the kernel's programs and the listener away, and leaves what carried connections need.
+    fn release(&self, uid: &str) -> impl Future<Output = Result<(), CaptureError>> + Send;
     fn unlisten(&self, uid: &str) -> impl Future<Output = Result<(), CaptureError>> + Send;
     fn withdraw(&self, uid: &str) -> impl Future<Output = Result<(), CaptureError>> + Send;
     fn reap(&self, keep: &HashSet<Arc<str>>) -> impl Future<Output = Result<Vec<String>, CaptureError>> + Send;
@@ -105,6 +106,10 @@ impl Stages for tunnel::Context {
 
     fn cut(&self, uid: &str) -> usize {
         cut(self.registry.live().iter().filter(|connection| is_of(connection, uid)).map(AsRef::as_ref))
+    }
+
+    async fn release(&self, uid: &str) -> Result<(), CaptureError> {
+        self.capture.release(uid).await
     }
 
     async fn unlisten(&self, uid: &str) -> Result<(), CaptureError> {
@@ -163,18 +168,16 @@ pub struct Enrolment<S> {
 }
 
 impl<S: Stages> Enrolment<S> {
-    /// `leave` is how long connections of a pod that leaves the mesh may go on.
     pub fn new(
         stages: S,
         node: Arc<str>,
         pods: Pods,
-        leave: Duration,
         first_pass: Blocker,
         stop: CancellationToken,
     ) -> Self {
         let (sender, news) = mpsc::unbounded_channel();
         let turns = Arc::new(Semaphore::new(limits::ENROLMENTS));
-        let shared = Shared { stages, pods, turns, leave, stop, news: sender };
+        let shared = Shared { stages, pods, turns, stop, news: sender };
         Self {
             shared,
             node,

@@ -92,8 +92,6 @@ pub(super) struct Shared<S> {
     pub pods: Pods,
     /// One permit for each attach or proof under way.
     pub turns: Arc<Semaphore>,
-    /// How long the connections of a pod that leaves the mesh may go on.
-    pub leave: Duration,
     pub stop: CancellationToken,
     pub news: mpsc::UnboundedSender<News>,
 }
@@ -113,6 +111,8 @@ pub(super) struct Keeper<S> {
     /// What is attached.
     spec: Option<PodSpec>,
     service: Option<Service>,
+    /// Since when the kernel gives it no new connections, while it leaves.
+    released: Option<Instant>,
     failures: u32,
     tried: bool,
 }
@@ -127,53 +127,39 @@ enum Woken {
 
 impl<S: Stages> Keeper<S> {
     pub fn new(shared: Shared<S>, uid: Arc<str>) -> Self {
-        Self { shared, uid, spec: None, service: None, failures: 0, tried: false }
+        Self { shared, uid, spec: None, service: None, released: None, failures: 0, tried: false }
     }
 
     /// Follows `wanted` until the pod is gone and withdrawn, or the agent stops: then it is left pinned.
     pub async fn run(mut self, mut wanted: watch::Receiver<Wanted>) {
-        let mut leaving_until = None;
         loop {
             let now = wanted.borrow_and_update().clone();
-            let due = match now {
-                Wanted::Enrolled(pod) => {
-                    leaving_until = None;
-                    let stop = self.shared.stop.clone();
-                    // A stop must not wait for a step that hangs; the kernel's state is whole at each of its own steps.
-                    let wait = tokio::select! {
-                        wait = self.enrol(&pod) => wait,
-                        () = stop.cancelled() => Duration::ZERO,
-                    };
-                    self.told_try();
-                    Instant::now() + wait
-                }
-                Wanted::Leaving(_) if self.service.is_some() && !self.left(&mut leaving_until) => {
-                    Instant::now() + limits::WATCH_INTERVAL
-                }
-                Wanted::Leaving(_) | Wanted::Gone => {
-                    leaving_until = None;
-                    match self.withdraw().await {
-                        Ok(()) => {
-                            self.shared.pods.remove(&self.uid);
-                            self.told_try();
-                            if wanted.has_changed().unwrap_or(false) {
-                                continue;
-                            }
-                            // The loop makes a new keeper when the pod is wanted again.
-                            let _loop_ended = self.shared.news.send(News::Ended(Arc::clone(&self.uid)));
-                            return;
-                        }
-                        Err(error) => {
-                            tracing::warn!(uid = %self.uid, reason = error.reason(), %error, "Pod can't be withdrawn yet");
-                            self.told_try();
-                            self.failures += 1;
-                            Instant::now() + backoff(self.failures)
-                        }
-                    }
+            let stop = self.shared.stop.clone();
+            let round = async {
+                match now {
+                    Wanted::Enrolled(pod) => Some(self.enrol(&pod).await),
+                    Wanted::Leaving(_) => self.leave().await,
+                    Wanted::Gone => self.withdraw().await,
                 }
             };
-            if !self.rest(&mut wanted, due).await {
-                return self.stop().await;
+            // A stop must not wait for a step that hangs; the kernel's state is whole after each of its own steps.
+            let pause = tokio::select! {
+                pause = round => pause,
+                () = stop.cancelled() => Some(Duration::ZERO),
+            };
+            self.told_try();
+            match pause {
+                Some(pause) => {
+                    if !self.rest(&mut wanted, Instant::now() + pause).await {
+                        return self.stop().await;
+                    }
+                }
+                None if wanted.has_changed().unwrap_or(false) => {}
+                None => {
+                    // The loop makes a new keeper when the pod is wanted again.
+                    let _loop_ended = self.shared.news.send(News::Ended(Arc::clone(&self.uid)));
+                    return;
+                }
             }
         }
     }
@@ -267,31 +253,62 @@ impl<S: Stages> Keeper<S> {
         }
     }
 
-    /// Whether nothing is carried any more for a pod that leaves, or its time is over.
-    fn left(&self, until: &mut Option<Instant>) -> bool {
-        let until = *until.get_or_insert_with(|| Instant::now() + self.shared.leave);
-        self.shared.stages.carried(&self.uid) == 0 || Instant::now() >= until
+    /// One round of a pod that runs on outside the mesh: its new connections are its own at once, those that are carried go
+    /// on until they end. Gives the time until the next round, `None` after the last.
+    async fn leave(&mut self) -> Option<Duration> {
+        let Some(since) = self.released else {
+            match timeout(limits::ENROL_STEP, self.shared.stages.release(&self.uid)).await {
+                Ok(Ok(()) | Err(CaptureError::NotAttached(_))) => {}
+                failed => return Some(self.failed("Pod can't be taken out of the mesh yet", failed.ok())),
+            }
+            self.end_service().await;
+            self.spec = None;
+            self.released = Some(Instant::now());
+            return Some(limits::LEAVE_SETTLE);
+        };
+        if since.elapsed() < limits::LEAVE_SETTLE {
+            return Some(limits::LEAVE_SETTLE);
+        }
+        if self.shared.stages.carried(&self.uid) > 0 {
+            self.shared.pods.remove(&self.uid);
+            return Some(limits::LEAVE_LOOK);
+        }
+        self.withdraw().await
     }
 
-    /// Ends the service, closes what is carried, and takes everything away from the pod.
-    async fn withdraw(&mut self) -> Result<(), CaptureError> {
+    /// Ends the service, closes what is carried, and takes everything away from the pod. Gives the time until the next try,
+    /// `None` when it is done.
+    async fn withdraw(&mut self) -> Option<Duration> {
         self.end_service().await;
         let cut = self.shared.stages.cut(&self.uid);
         if cut > 0 {
-            tracing::info!(uid = %self.uid, cut, "Connections of a pod that left the mesh were cut");
+            tracing::info!(uid = %self.uid, cut, "Connections of a pod that is gone were cut");
             let deadline = Instant::now() + limits::CUT_WAIT;
             while self.shared.stages.carried(&self.uid) > 0 && Instant::now() < deadline {
                 sleep(limits::WATCH_INTERVAL).await;
             }
         }
-        match self.shared.stages.withdraw(&self.uid).await {
-            Ok(()) | Err(CaptureError::NotAttached(_)) => {
+        match timeout(limits::ENROL_STEP, self.shared.stages.withdraw(&self.uid)).await {
+            Ok(Ok(()) | Err(CaptureError::NotAttached(_))) => {
                 self.spec = None;
+                self.released = None;
                 self.failures = 0;
-                Ok(())
+                self.shared.pods.remove(&self.uid);
+                None
             }
-            Err(error) => Err(error),
+            failed => Some(self.failed("Pod can't be withdrawn yet", failed.ok())),
         }
+    }
+
+    /// Logs a step that failed, or timed out where there is no result. Gives the pause before the next try.
+    fn failed(&mut self, what: &'static str, result: Option<Result<(), CaptureError>>) -> Duration {
+        self.failures += 1;
+        let (reason, error) = match &result {
+            Some(Err(error)) => (error.reason(), error.to_string()),
+            _ => ("timeout", format!("took longer than {:?}", limits::ENROL_STEP)),
+        };
+        tracing::warn!(uid = %self.uid, reason, error, "{what}");
+        backoff(self.failures)
     }
 
     async fn end_service(&mut self) {

@@ -199,3 +199,8 @@ pub const ENROL_BACKOFF_MAX: Duration = Duration::from_secs(30);
 pub const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 /// How long cut connections may take to tell of their end before the agent exits (duration).
 pub const CUT_WAIT: Duration = Duration::from_secs(1);
+/// How long a pod that leaves the mesh is left alone before its routes go (duration): connections that were accepted just
+/// before are on their way to the list of carried ones.
+pub const LEAVE_SETTLE: Duration = Duration::from_secs(1);
+/// How often it is looked whether a pod that leaves still has carried connections (duration).
+pub const LEAVE_LOOK: Duration = Duration::from_millis(500);

@@ -27,6 +27,15 @@ pub struct Fault {
     pub fix: String,
 }
 
+/// A policy that can be enforced as written.
+#[derive(Debug)]
+pub struct Parsed {
+    pub action: Action,
+    pub rules: Vec<Rule>,
+    /// Sources and operations that name nothing, and so match nothing.
+    pub idle: Vec<Fault>,
+}
+
 const L7: &str =
     "is an HTTP field, which an L4 mesh can't see: remove it, or enforce the policy at a waypoint with targetRefs";
 const EMPTY: &str = "is empty, which says neither any nor none: remove the field, or fill it";
@@ -47,11 +56,20 @@ impl At {
 
 /// Faults as they are found: all of them, so that one look is enough to mend a policy.
 #[derive(Default)]
-struct Faults(Vec<Fault>);
+struct Faults {
+    all: Vec<Fault>,
+    /// Entries that match nothing, which is no fault, but worth a word.
+    idle: Vec<Fault>,
+}
 
 impl Faults {
     fn add(&mut self, at: &At, fix: impl Into<String>) {
-        self.0.push(Fault { field: at.0.clone(), fix: fix.into() });
+        self.all.push(Fault { field: at.0.clone(), fix: fix.into() });
+    }
+
+    fn idle(&mut self, at: &At) {
+        let fix = "names nothing, so it matches nothing: fill it, or remove the entry";
+        self.idle.push(Fault { field: at.0.clone(), fix: fix.into() });
     }
 
     fn absent<T>(&mut self, at: &At, field: &str, value: Option<&T>, fix: &str) {
@@ -71,11 +89,11 @@ pub fn is_elsewhere(spec: &AuthorizationPolicySpec) -> bool {
 ///
 /// # Errors
 /// Every reason why it can't be enforced, at least one.
-pub fn parse(namespace: &str, spec: &AuthorizationPolicySpec) -> Result<(Action, Vec<Rule>), Vec<Fault>> {
+pub fn parse(namespace: &str, spec: &AuthorizationPolicySpec) -> Result<Parsed, Vec<Fault>> {
     let AuthorizationPolicySpec { selector, target_ref, target_refs, rules, action, provider } = spec;
     let (at, mut faults) = (At("spec".into()), Faults::default());
     if let Some(selector) = selector {
-        faults.0.extend(selector_faults(selector));
+        faults.all.extend(selector_faults(selector));
     }
     const TARGETS: &str = "an L4 policy selects workloads by selector only: remove it";
     faults.absent(&at, "targetRef", target_ref.as_ref(), TARGETS);
@@ -96,7 +114,7 @@ pub fn parse(namespace: &str, spec: &AuthorizationPolicySpec) -> Result<(Action,
         .enumerate()
         .map(|(index, rule)| parse_rule(namespace, rule, &at.item(index), &mut faults));
     let rules = rules.collect();
-    if faults.0.is_empty() { Ok((action, rules)) } else { Err(faults.0) }
+    if faults.all.is_empty() { Ok(Parsed { action, rules, idle: faults.idle }) } else { Err(faults.all) }
 }
 
 /// The labels that select workloads. A selector that can select nothing was meant to select something, and nobody knows
@@ -127,11 +145,18 @@ pub fn selector_faults(selector: &WorkloadSelector) -> Vec<Fault> {
 fn parse_rule(namespace: &str, rule: &kinds::Rule, at: &At, faults: &mut Faults) -> Rule {
     let kinds::Rule { from, to, when } = rule;
     let from = entries(from.as_deref(), &at.field("from"), faults, |from, at, faults| {
-        let at = at.field("source");
-        parse_source(namespace, &from.source.clone().unwrap_or_default(), &at, faults)
+        let (at, source) = (at.field("source"), from.source.clone().unwrap_or_default());
+        if source == kinds::Source::default() {
+            faults.idle(&at);
+        }
+        parse_source(namespace, &source, &at, faults)
     });
     let to = entries(to.as_deref(), &at.field("to"), faults, |to, at, faults| {
-        parse_operation(&to.operation.clone().unwrap_or_default(), &at.field("operation"), faults)
+        let (at, operation) = (at.field("operation"), to.operation.clone().unwrap_or_default());
+        if operation == kinds::Operation::default() {
+            faults.idle(&at);
+        }
+        parse_operation(&operation, &at, faults)
     });
     let when = entries(when.as_deref(), &at.field("when"), faults, parse_condition);
     Rule { from, to, when: when.into_iter().flatten().flatten().collect() }
@@ -192,7 +217,7 @@ fn parse_source(namespace: &str, source: &kinds::Source, at: &At, faults: &mut F
     let account = |text: &str| parse_account(namespace, text);
     Source {
         principals: values(at, ["principals", "notPrincipals"], [principals, not_principals], faults, parse_principal),
-        namespaces: values(at, ["namespaces", "notNamespaces"], [namespaces, not_namespaces], faults, parse_text),
+        namespaces: values(at, ["namespaces", "notNamespaces"], [namespaces, not_namespaces], faults, parse_namespace),
         service_accounts: values(
             at,
             ["serviceAccounts", "notServiceAccounts"],
@@ -228,7 +253,7 @@ fn parse_condition(condition: &kinds::Condition, at: &At, faults: &mut Faults) -
     let (names, lists) = (["values", "notValues"], [any, not_values]);
     Some(match key.as_str() {
         "source.ip" => Condition::SourceIp(values(at, names, lists, faults, parse_block)),
-        "source.namespace" => Condition::SourceNamespace(values(at, names, lists, faults, parse_text)),
+        "source.namespace" => Condition::SourceNamespace(values(at, names, lists, faults, parse_namespace)),
         "source.principal" => Condition::SourcePrincipal(values(at, names, lists, faults, parse_principal)),
         "destination.ip" => Condition::DestinationIp(values(at, names, lists, faults, parse_block)),
         "destination.port" => Condition::DestinationPort(values(at, names, lists, faults, parse_port)),
@@ -262,29 +287,39 @@ fn values<T>(
     Values { any: read(name, any), none: read(not_name, none).unwrap_or_default() }
 }
 
-fn parse_text(text: &str) -> Result<Text, String> {
-    let inner = text.strip_prefix('*').unwrap_or(text);
-    let literal = if inner.len() == text.len() { inner.strip_suffix('*').unwrap_or(inner) } else { inner };
-    if literal.contains('*') {
-        return Err(format!("{text:?}: a * stands alone or at one end, anywhere else it would be compared as it is"));
-    }
-    match text {
-        "" => Err("an empty text matches nothing: remove it".into()),
-        "*" => Ok(Text::Present),
-        _ if text.starts_with('*') => Ok(Text::Suffix(literal.into())),
-        _ if text.ends_with('*') => Ok(Text::Prefix(literal.into())),
-        _ => Ok(Text::Exact(literal.into())),
-    }
+fn parse_namespace(text: &str) -> Result<Text, String> {
+    parse_text(text, "-.")
 }
 
 fn parse_principal(text: &str) -> Result<Text, String> {
-    if text.contains(':') {
+    if text.contains("spiffe:") {
         let without = text.replacen("spiffe://", "", 1);
         return Err(format!(
             "principals are written without spiffe://, so {text:?} would match nothing: write {without:?}"
         ));
     }
-    parse_text(text)
+    parse_text(text, "-._/")
+}
+
+/// A text with a `*` alone or at one end. A text that no identity can have would match nothing, which is not what its
+/// author meant; beside lower-case letters and digits, `others` are what it may have.
+fn parse_text(text: &str, others: &str) -> Result<Text, String> {
+    let (literal, make): (&str, fn(Box<str>) -> Text) = match (text.strip_prefix('*'), text.strip_suffix('*')) {
+        (Some(""), _) => return Ok(Text::Present),
+        (Some(rest), _) => (rest, Text::Suffix),
+        (None, Some(rest)) => (rest, Text::Prefix),
+        (None, None) => (text, Text::Exact),
+    };
+    if literal.is_empty() {
+        return Err("an empty text matches nothing: remove it".into());
+    }
+    if literal.contains('*') {
+        return Err(format!("{text:?}: a * stands alone or at one end, and there is no other wildcard"));
+    }
+    match literal.chars().find(|c| !(c.is_ascii_lowercase() || c.is_ascii_digit() || others.contains(*c))) {
+        Some(other) => Err(format!("{text:?} would match nothing: no identity has a {other:?} there")),
+        None => Ok(make(literal.into())),
+    }
 }
 
 fn parse_account(policy_namespace: &str, text: &str) -> Result<ServiceAccount, String> {

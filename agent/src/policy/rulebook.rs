@@ -5,7 +5,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use super::{
-    parse::{self, Fault},
+    parse::{self, Fault, Parsed},
     rules::{Action, Policy, Scope},
     strictness::{Levels, Strictness, Taken},
 };
@@ -37,7 +37,8 @@ pub enum Effect {
     Denies,
     /// Plaintext to the workloads that it selects is refused.
     RefusesPlaintext,
-    /// Nothing: it is not for this mesh's L4 (targetRefs, a root-namespace PeerAuthentication with a selector), or dry-run.
+    /// Nothing: the policy is not for this mesh's L4 (targetRefs, a root-namespace PeerAuthentication with a selector) or
+    /// is a dry run; or the field is an entry that names nothing.
     Nothing,
 }
 
@@ -138,7 +139,8 @@ impl Compiler {
             .is_some_and(|text| is_true(text));
         let scope = Scope::new(namespace, root_namespace, parse::labels(policy.spec.selector.as_ref()));
         match parse::parse(namespace, &policy.spec) {
-            Ok((action, rules)) => {
+            Ok(Parsed { action, rules, idle }) => {
+                self.note(kind, &name, idle, Effect::Nothing);
                 self.add(scope, Compiled::Enforced(Arc::new(Policy { name, action, dry_run, rules })));
             }
             Err(faults) if dry_run => self.note(kind, &name, faults, Effect::Nothing),

@@ -315,7 +315,7 @@ fn policies_are_oldest_first_then_by_name() {
             "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: {name}, namespace: shop{created}}}\n"
         )
     };
-    let text = policy("c", ", creationTimestamp: '2026-01-01T00:00:00Z'")
+    let text = policy("c", ", creationTimestamp: 2026-01-01T00:00:00Z")
         + &policy("b", ", creationTimestamp: '2026-01-02T00:00:00Z'")
         + &policy("a", ", creationTimestamp: '2026-01-02T00:00:00Z'")
         + &policy("d", "");

@@ -190,6 +190,14 @@ fn policy_of_the_wrong_shape_is_carried() {
         ),
         ("metadata: {name: p}\nspec: {selector: {matchLabels: [app]}}\n", "spec.selector.matchLabels"),
         ("metadata: {name: p}\nspec: [1]\n", "spec"),
+        // Each of these is a policy to serde, which takes lists for structs.
+        ("metadata: {name: p}\nspec: []\n", "spec"),
+        ("metadata: {name: p}\nspec: {action: DENY, rules: [[]]}\n", "spec.rules[0]"),
+        (
+            "metadata: {name: p}\nspec: {action: DENY, rules: [{from: [{source: []}]}]}\n",
+            "spec.rules[0].from[0].source",
+        ),
+        ("metadata: {name: p}\nspec: {selector: []}\n", "spec.selector"),
         ("metadata: {name: p}\nspec: {rules: [null]}\n", "spec.rules[0]"),
         ("metadata: {name: p}\nspecs: {action: DENY}\n", "specs"),
     ];

@@ -19,9 +19,7 @@ use x509_parser::{
 
 use super::root::{Root, pem, random_serial};
 use crate::{
-    identity::{
-        IMPERSONATED_IDENTITY, SpiffeError, SpiffeId, TrustDomain, proto::IstioCertificateRequest, roots::hex,
-    },
+    identity::{IMPERSONATED_IDENTITY, SpiffeError, SpiffeId, TrustDomain, proto::IstioCertificateRequest, roots::hex},
     life::limits,
 };
 
@@ -127,8 +125,8 @@ fn public_key(csr: &str, identity: &SpiffeId) -> Result<SubjectPublicKeyInfo, Re
     if !rest.is_empty() {
         return Err(Refusal::Malformed);
     }
-    let key = SubjectPublicKeyInfo::from_der(parsed.certification_request_info.subject_pki.raw)
-        .map_err(|_| Refusal::Key)?;
+    let key =
+        SubjectPublicKeyInfo::from_der(parsed.certification_request_info.subject_pki.raw).map_err(|_| Refusal::Key)?;
     if ![&PKCS_ECDSA_P256_SHA256, &PKCS_ED25519].contains(&key.algorithm()) {
         return Err(Refusal::Key);
     }
@@ -138,7 +136,7 @@ fn public_key(csr: &str, identity: &SpiffeId) -> Result<SubjectPublicKeyInfo, Re
             ParsedExtension::SubjectAlternativeName(names) => {
                 for name in &names.general_names {
                     if !matches!(name, GeneralName::URI(uri) if *uri == identity.as_str()) {
-                        return Err(Refusal::OtherName(name.to_string()));
+                        return Err(Refusal::OtherName(name.to_string().chars().take(256).collect()));
                     }
                 }
             }

@@ -296,8 +296,7 @@ impl OwnTls {
         let key = Zeroizing::new(KeyPair::generate().map_err(|error| failed(&error))?);
         let issued = sign_server(&self.root, &self.names, &*key, now)?;
         let serialised = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialized_der()));
-        let signing =
-            rustls::crypto::aws_lc_rs::sign::any_ecdsa_type(&serialised).map_err(|error| failed(&error))?;
+        let signing = rustls::crypto::aws_lc_rs::sign::any_ecdsa_type(&serialised).map_err(|error| failed(&error))?;
         let mut chain = vec![issued.certificate];
         chain.extend(self.root.chain.iter().cloned());
         let certified = Arc::new(CertifiedKey::new(chain, signing));

@@ -8,8 +8,8 @@ use std::{
 
 use prost_types::{Struct, Value, value::Kind};
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
-    PKCS_ECDSA_P384_SHA384, PKCS_ED25519, SanType,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    KeyUsagePurpose, PKCS_ECDSA_P384_SHA384, PKCS_ED25519, SanType,
 };
 use tonic::transport::{Certificate, Channel, ClientTlsConfig};
 use x509_parser::prelude::*;
@@ -99,7 +99,11 @@ fn every_abuse_is_refused_for_its_reason() {
         ("forged", request(forged, named(WEB), 60), "csr_signature"),
         (
             "another URI SAN",
-            request(csr(|csr| csr.subject_alt_names = vec![uri("spiffe://mesh.test/ns/shop/sa/admin")]), named(WEB), 60),
+            request(
+                csr(|csr| csr.subject_alt_names = vec![uri("spiffe://mesh.test/ns/shop/sa/admin")]),
+                named(WEB),
+                60,
+            ),
             "csr_other_name",
         ),
         (
@@ -114,7 +118,9 @@ fn every_abuse_is_refused_for_its_reason() {
         (
             "DNS SAN",
             request(
-                csr(|csr| csr.subject_alt_names = vec![SanType::DnsName("istiod.istio-system.svc".try_into().unwrap())]),
+                csr(|csr| {
+                    csr.subject_alt_names = vec![SanType::DnsName("istiod.istio-system.svc".try_into().unwrap())]
+                }),
                 named(WEB),
                 60,
             ),
@@ -152,7 +158,9 @@ fn nothing_of_a_request_but_its_key_reaches_the_certificate() {
     let extended = certificate.extended_key_usage().unwrap().unwrap().value;
     assert!(extended.server_auth && extended.client_auth && !extended.code_signing && extended.other.is_empty());
     assert!(!certificate.basic_constraints().unwrap().unwrap().value.ca);
-    assert!(certificate.verify_signature(Some(X509Certificate::from_der(&root.chain[0]).unwrap().1.public_key())).is_ok());
+    assert!(
+        certificate.verify_signature(Some(X509Certificate::from_der(&root.chain[0]).unwrap().1.public_key())).is_ok()
+    );
 }
 
 #[test]
@@ -169,7 +177,10 @@ fn a_certificate_lasts_what_was_asked_for_within_the_cap_and_the_root() {
         (now - validity.not_before.timestamp(), validity.not_after.timestamp() - now)
     };
     let near = |(before, after): (i64, i64), expected: (i64, i64)| {
-        assert!((before - expected.0).abs() <= 1 && (after - expected.1).abs() <= 1, "{before}, {after}: not {expected:?}");
+        assert!(
+            (before - expected.0).abs() <= 1 && (after - expected.1).abs() <= 1,
+            "{before}, {after}: not {expected:?}"
+        );
     };
     near(lasts(1_800, HOUR, HOUR * 99), (120, 1_800));
     near(lasts(86_400, HOUR, HOUR * 99), (120, 3_600));
@@ -226,7 +237,11 @@ async fn running(token: Option<&str>) -> Running {
     Running { directory, channel: endpoint.connect_lazy(), task }
 }
 
-async fn call(ca: &Running, authorization: &[&str], request: IstioCertificateRequest) -> Result<Vec<String>, tonic::Status> {
+async fn call(
+    ca: &Running,
+    authorization: &[&str],
+    request: IstioCertificateRequest,
+) -> Result<Vec<String>, tonic::Status> {
     let mut request = tonic::Request::new(request);
     for value in authorization {
         request.metadata_mut().append("authorization", value.parse().unwrap());

@@ -66,7 +66,8 @@ fn every_other_form_is_refused() {
 #[test]
 fn a_name_with_a_slash_makes_no_other_identity() {
     let domain: TrustDomain = "mesh.test".parse().unwrap();
-    for (namespace, account) in [("a/sa/b", "c"), ("a", "b/sa/c"), ("", "b"), ("a", ""), ("a/../b", "c"), ("a\0", "b")] {
+    for (namespace, account) in [("a/sa/b", "c"), ("a", "b/sa/c"), ("", "b"), ("a", ""), ("a/../b", "c"), ("a\0", "b")]
+    {
         assert_eq!(SpiffeId::new(&domain, namespace, account), Err(SpiffeError::Path), "{namespace:?} {account:?}");
     }
 }

@@ -22,7 +22,6 @@ use crate::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
-const LEAVE: Duration = Duration::from_millis(300);
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -136,6 +135,10 @@ impl Stages for Fake {
         cut
     }
 
+    async fn release(&self, uid: &str) -> Result<(), CaptureError> {
+        self.step(format!("release {uid}")).await.map_err(|_| CaptureError::Probe(std::io::Error::other("on purpose")))
+    }
+
     async fn unlisten(&self, uid: &str) -> Result<(), CaptureError> {
         self.step(format!("unlisten {uid}")).await
     }
@@ -196,14 +199,10 @@ struct Running {
 
 impl Running {
     fn start(fake: &Fake, first: Arc<Snapshot>) -> Self {
-        Self::leaving(fake, first, LEAVE)
-    }
-
-    fn leaving(fake: &Fake, first: Arc<Snapshot>, leave: Duration) -> Self {
         let (snapshots, receiver) = watch::channel(first);
         let (pods, readiness, stop) = (Pods::default(), Readiness::default(), CancellationToken::new());
         let blocker = readiness.block("pass");
-        let enrolment = Enrolment::new(fake.clone(), "node-1".into(), pods.clone(), leave, blocker, stop.clone());
+        let enrolment = Enrolment::new(fake.clone(), "node-1".into(), pods.clone(), blocker, stop.clone());
         let task = tokio::spawn(enrolment.run(View::new(receiver)));
         Self { fake: fake.clone(), pods, readiness, stop, snapshots, task }
     }
@@ -309,16 +308,18 @@ async fn a_gone_pod_is_cut_and_withdrawn_and_forgotten() {
 }
 
 #[tokio::test]
-async fn a_pod_that_leaves_the_mesh_is_served_until_its_connections_end() {
-    let running = Running::leaving(&Fake::default(), snapshot(1, [pod("a")]), PATIENCE * 10);
+async fn a_pod_that_leaves_the_mesh_is_released_at_once_and_keeps_its_connections_until_they_end() {
+    let fake = Fake::default();
+    fake.fails("release a", 1);
+    let running = Running::start(&fake, snapshot(1, [pod("a")]));
     running.until("captured", |running| running.state("a") == Some((true, ""))).await;
     running.fake.0.lock().unwrap().carried.insert("a".to_owned(), 1);
     running.snapshots.send(snapshot(2, [Workload { enrolled: false, ..pod("a") }])).unwrap();
-    running.until("applied", |running| running.fake.has("rules 2")).await;
-    assert!(!running.fake.has("stop a"));
+    running.until("forgotten", |running| running.state("a").is_none()).await;
+    in_order(&running.fake, &["rules 2", "failed release a", "release a", "stop a"]);
+    assert!(!running.fake.has("withdraw a") && !running.fake.has("cut a 1"));
     running.fake.0.lock().unwrap().carried.clear();
     running.until("withdrawn", |running| running.fake.has("withdraw a")).await;
-    assert!(!running.fake.has("cut a 1"));
     // And back, the same pod.
     running.snapshots.send(snapshot(3, [pod("a")])).unwrap();
     running.until("captured again", |running| running.state("a") == Some((true, ""))).await;
@@ -327,13 +328,16 @@ async fn a_pod_that_leaves_the_mesh_is_served_until_its_connections_end() {
 }
 
 #[tokio::test]
-async fn a_pod_that_leaves_the_mesh_has_its_last_connections_cut_after_the_grace() {
+async fn a_pod_that_comes_back_while_it_leaves_is_attached_again() {
     let running = Running::start(&Fake::default(), snapshot(1, [pod("a")]));
     running.until("captured", |running| running.state("a") == Some((true, ""))).await;
-    running.fake.0.lock().unwrap().carried.insert("a".to_owned(), 2);
+    running.fake.0.lock().unwrap().carried.insert("a".to_owned(), 1);
     running.snapshots.send(snapshot(2, [Workload { enrolled: false, ..pod("a") }])).unwrap();
-    running.until("withdrawn", |running| running.fake.has("withdraw a")).await;
-    in_order(&running.fake, &["stop a", "cut a 2", "withdraw a"]);
+    running.until("forgotten", |running| running.state("a").is_none()).await;
+    running.snapshots.send(snapshot(3, [pod("a")])).unwrap();
+    running.until("captured again", |running| running.state("a") == Some((true, ""))).await;
+    in_order(&running.fake, &["release a", "stop a", "attach a", "serve a", "prove a"]);
+    assert!(!running.fake.has("withdraw a") && !running.fake.has("cut a 1"));
     running.end().await;
 }
 

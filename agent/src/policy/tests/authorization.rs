@@ -270,7 +270,7 @@ fn addresses_and_ports_are_those_of_the_pods() {
 }
 
 /// Specs that L4 can't enforce, with the field at fault.
-const UNENFORCEABLE: [(&str, &str); 44] = [
+const UNENFORCEABLE: &[(&str, &str)] = &[
     ("{action: AUDIT, rules: [{}]}", "spec.action"),
     ("{action: CUSTOM, rules: [{}]}", "spec.action"),
     ("{action: allow, rules: [{}]}", "spec.action"),
@@ -317,6 +317,9 @@ const UNENFORCEABLE: [(&str, &str); 44] = [
     ("{rules: [{from: [{source: {principals: ['a/*/b']}}]}]}", "spec.rules[0].from[0].source.principals[0]"),
     ("{rules: [{from: [{source: {namespaces: ['*sh*']}}]}]}", "spec.rules[0].from[0].source.namespaces[0]"),
     ("{rules: [{from: [{source: {namespaces: ['**']}}]}]}", "spec.rules[0].from[0].source.namespaces[0]"),
+    ("{rules: [{from: [{source: {notNamespaces: [Shop]}}]}]}", "spec.rules[0].from[0].source.notNamespaces[0]"),
+    ("{rules: [{from: [{source: {namespaces: ['spiffe://x']}}]}]}", "spec.rules[0].from[0].source.namespaces[0]"),
+    ("{rules: [{when: [{key: source.principal, values: ['cluster.local/NS/*']}]}]}", "spec.rules[0].when[0].values[0]"),
     ("{rules: [{from: [{source: {serviceAccounts: ['*']}}]}]}", "spec.rules[0].from[0].source.serviceAccounts[0]"),
     ("{rules: [{from: [{source: {serviceAccounts: ['a/b/c']}}]}]}", "spec.rules[0].from[0].source.serviceAccounts[0]"),
     ("{rules: [{from: [{source: {serviceAccounts: ['a/']}}]}]}", "spec.rules[0].from[0].source.serviceAccounts[0]"),
@@ -340,7 +343,7 @@ const UNENFORCEABLE: [(&str, &str); 44] = [
 
 #[test]
 fn policy_that_l4_cant_enforce_denies_and_names_the_field() {
-    for (spec, field) in UNENFORCEABLE {
+    for (spec, field) in UNENFORCEABLE.iter().copied() {
         let allow_all = authorization("shop/allow", "{rules: [{}]}");
         let rules = rules(&[allow_all, authorization("shop/p", spec)]);
         assert_eq!(verdict(&rules, &request()), "policy_unenforceable shop/p", "{spec}");
@@ -351,6 +354,16 @@ fn policy_that_l4_cant_enforce_denies_and_names_the_field() {
         let other = Request { destination: workload("bank", "web"), ..request() };
         assert_eq!(verdict(&rules, &other), "allowed", "{spec} denies only what it selects");
     }
+}
+
+#[test]
+fn entry_that_names_nothing_is_reported_though_nothing_is_wrong_with_it() {
+    let rules = rules(&[authorization("shop/p", "{action: DENY, rules: [{from: [{source: {}}], to: [{}]}]}")]);
+    assert_eq!(verdict(&rules, &request()), "allowed");
+    let problems: Vec<_> = rules.problems().iter().map(|problem| (problem.field.as_str(), problem.effect)).collect();
+    let expected =
+        ["spec.rules[0].from[0].source", "spec.rules[0].to[0].operation"].map(|field| (field, Effect::Nothing));
+    assert_eq!(problems, expected);
 }
 
 #[test]

@@ -87,15 +87,15 @@ async fn authenticate<E: Edge>(
     local: SocketAddr,
 ) -> Result<(TlsStream<BufReader<TcpStream>>, Peer), AnswerError> {
     let record = pod.record(&pod.shared.cluster.load());
-    let own = pod.identity(&record).map_err(|error| AnswerError::Identity {
-        reason: "bad_spiffe_id",
-        detail: error.to_string().into(),
-    })?;
+    let own = pod
+        .identity(&record)
+        .map_err(|error| AnswerError::Identity { reason: "bad_spiffe_id", detail: error.to_string().into() })?;
     // Bounded by `Certificates` itself: it waits for a first certificate as long as limits::HOLD.
-    let settings = pod.edge.server(&own).await.map_err(|error| AnswerError::Identity {
-        reason: error.reason(),
-        detail: error.to_string().into(),
-    })?;
+    let settings = pod
+        .edge
+        .server(&own)
+        .await
+        .map_err(|error| AnswerError::Identity { reason: error.reason(), detail: error.to_string().into() })?;
     let tcp = BufReader::with_capacity(limits::TLS_READ, tcp);
     let mut tls = match timeout(limits::TLS_HANDSHAKE, TlsAcceptor::from(settings).accept(tcp)).await {
         Ok(Ok(tls)) => tls,
@@ -196,12 +196,7 @@ impl Drop for Streaming {
 }
 
 /// Serves one CONNECT, to its end.
-async fn stream<E: Edge>(
-    pod: &Pod<E>,
-    peer: &Peer,
-    request: Request<RecvStream>,
-    mut respond: SendResponse<Bytes>,
-) {
+async fn stream<E: Edge>(pod: &Pod<E>, peer: &Peer, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
     let snapshot = pod.shared.cluster.load();
     let destination = pod.record(&snapshot);
     let header = |name| request.headers().get(name).and_then(|value| value.to_str().ok());
@@ -323,7 +318,13 @@ mod tests {
     fn a_trace_id_is_taken_only_from_a_traceparent() {
         let id = "0af7651916cd43dd8448eb211c80319c";
         assert_eq!(trace_id(&format!("00-{id}-b7ad6b7169203331-00")).as_deref(), Some(id));
-        for bad in ["", "00", "00-xyz-1-00", "00-00000000000000000000000000000000-b7ad6b7169203331-00", "00-0AF7651916CD43DD8448EB211C80319C-1-0"] {
+        for bad in [
+            "",
+            "00",
+            "00-xyz-1-00",
+            "00-00000000000000000000000000000000-b7ad6b7169203331-00",
+            "00-0AF7651916CD43DD8448EB211C80319C-1-0",
+        ] {
             assert_eq!(trace_id(bad), None, "{bad}");
         }
     }

@@ -14,13 +14,7 @@ use std::{net::SocketAddr, sync::Arc};
 use tokio::{net::TcpStream, time::timeout};
 
 use self::error::AnswerError;
-use super::{
-    End,
-    connections::Carried,
-    edge::Edge,
-    pod::Pod,
-    relay::Broken,
-};
+use super::{End, connections::Carried, edge::Edge, pod::Pod, relay::Broken};
 use crate::{
     cluster::{Service, Snapshot, Workload},
     life::limits,
@@ -53,11 +47,7 @@ async fn deliver<E: Edge>(
 fn failed(error: &AnswerError) -> End {
     match error {
         AnswerError::Denied(denial) => End::Denied(denial.clone()),
-        _ => End::Failed {
-            reason: error.reason(),
-            response_flags: error.response_flags(),
-            detail: error.to_string(),
-        },
+        _ => End::Failed { reason: error.reason(), response_flags: error.response_flags(), detail: error.to_string() },
     }
 }
 

@@ -35,10 +35,11 @@ impl<E: Edge> Connector for Dialer<E> {
 
     async fn connect(&self, key: &Key) -> Result<Self::Io, OfferError> {
         // Bounded by `Certificates` itself: it waits for a first certificate as long as limits::HOLD.
-        let settings = self.edge.client(&key.own, &key.peer).await.map_err(|error| OfferError::Identity {
-            reason: error.reason(),
-            detail: error.to_string().into(),
-        })?;
+        let settings = self
+            .edge
+            .client(&key.own, &key.peer)
+            .await
+            .map_err(|error| OfferError::Identity { reason: error.reason(), detail: error.to_string().into() })?;
         let tcp = match timeout(limits::CONNECT_PEER, self.edge.dial(&key.pod, key.source, key.address)).await {
             Ok(Ok(tcp)) => tcp,
             Ok(Err(error)) => {

@@ -11,6 +11,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -125,8 +126,8 @@ impl Tunnel {
         !self.closed.load(Ordering::Acquire) && self.born.elapsed() < limits::TUNNEL_AGE
     }
 
-    fn idle(&self) -> bool {
-        self.streams.load(Ordering::Acquire) == 0 && lock(&self.idle_since).elapsed() >= limits::POOL_IDLE
+    fn idle_for(&self, time: Duration) -> bool {
+        self.streams.load(Ordering::Acquire) == 0 && lock(&self.idle_since).elapsed() >= time
     }
 }
 
@@ -199,6 +200,16 @@ impl Peer {
     fn forget(&self, tunnel: &Arc<Tunnel>) {
         tunnel.closed.store(true, Ordering::Release);
         self.lock().tunnels.retain(|other| !Arc::ptr_eq(other, tunnel));
+    }
+
+    /// Lets go of a connection that is idle or too old: it ends when its last stream has.
+    fn release(&self, tunnel: &Arc<Tunnel>, idle: Duration) {
+        // Under the lock, so that no stream is placed on it meanwhile.
+        let mut state = self.lock();
+        if tunnel.idle_for(idle) || !tunnel.usable() {
+            tunnel.closed.store(true, Ordering::Release);
+            state.tunnels.retain(|other| !Arc::ptr_eq(other, tunnel));
+        }
     }
 
     fn retire(&self) {
@@ -447,12 +458,8 @@ where
 async fn release_when_idle(tunnel: &Weak<Tunnel>, peer: &Peer) {
     loop {
         sleep(limits::POOL_IDLE / 4).await;
-        let mut state = peer.lock();
-        if let Some(tunnel) = tunnel.upgrade()
-            && (tunnel.idle() || !tunnel.usable())
-        {
-            tunnel.closed.store(true, Ordering::Release);
-            state.tunnels.retain(|other| !Arc::ptr_eq(other, &tunnel));
+        if let Some(tunnel) = tunnel.upgrade() {
+            peer.release(&tunnel, limits::POOL_IDLE);
         }
     }
 }
@@ -470,7 +477,8 @@ fn status(status: http::StatusCode) -> Result<(), OfferError> {
 
 /// In TLS 1.3 a server refuses our certificate only after our handshake is done: its alert comes as the end of the tunnel.
 fn died(error: &h2::Error) -> OfferError {
-    let alert = error.get_io().and_then(std::io::Error::get_ref).and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    let alert =
+        error.get_io().and_then(std::io::Error::get_ref).and_then(|inner| inner.downcast_ref::<rustls::Error>());
     match alert {
         Some(alert) => OfferError::Tls { reason: "refused_by_peer", detail: alert.to_string().into() },
         None => OfferError::Lost(error.to_string().into()),

@@ -128,10 +128,7 @@ mod tests {
             namespace: "shop".into(),
             hostname: "web.shop.svc.cluster.local".into(),
             cluster_addresses: vec!["10.96.0.1".parse().unwrap(), "fd96::1".parse().unwrap()],
-            ports: vec![
-                ServicePort { name: "http".into(), port: 80 },
-                ServicePort { name: "admin".into(), port: 81 },
-            ],
+            ports: vec![ServicePort { name: "http".into(), port: 80 }, ServicePort { name: "admin".into(), port: 81 }],
             endpoints,
         }
     }

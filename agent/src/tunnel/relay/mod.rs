@@ -9,7 +9,6 @@ mod tcp_to_tcp;
 mod tcp_to_tunnel;
 mod tunnel_to_tcp;
 
-
 use std::{
     future::{Future, poll_fn},
     io,

@@ -71,8 +71,7 @@ impl Authority {
 
     fn leaf(&self, id: &SpiffeId, address: IpAddr) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.subject_alt_names =
-            vec![SanType::URI(id.as_str().try_into().unwrap()), SanType::IpAddress(address)];
+        params.subject_alt_names = vec![SanType::URI(id.as_str().try_into().unwrap()), SanType::IpAddress(address)];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
@@ -104,8 +103,7 @@ impl Loopback {
             .with_client_auth_cert(chain.clone(), key.clone_key())
             .unwrap();
         client.alpn_protocols = vec![b"h2".to_vec()];
-        let verifier =
-            WebPkiClientVerifier::builder_with_provider(trusted.roots(), provider.clone()).build().unwrap();
+        let verifier = WebPkiClientVerifier::builder_with_provider(trusted.roots(), provider.clone()).build().unwrap();
         let mut server = rustls::ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(versions)
             .unwrap()

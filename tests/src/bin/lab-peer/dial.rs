@@ -86,6 +86,7 @@ pub fn kind(error: &io::Error) -> String {
         io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionAborted => {
             "reset".to_owned()
         }
+        io::ErrorKind::PermissionDenied => "forbidden".to_owned(),
         io::ErrorKind::TimedOut => "timeout".to_owned(),
         io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => "unreachable".to_owned(),
         io::ErrorKind::UnexpectedEof => "closed".to_owned(),

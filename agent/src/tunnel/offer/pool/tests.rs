@@ -1,14 +1,11 @@
-use std::{
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicUsize, Ordering},
 };
 
 use bytes::Bytes;
 use http::Response;
-use tokio::{io::DuplexStream, time::sleep};
+use tokio::io::DuplexStream;
 
 use super::*;
 
@@ -25,6 +22,8 @@ enum Peering {
     Refuse,
 }
 
+type Kept = (SendStream<Bytes>, RecvStream);
+
 /// Makes connections to a peer inside this process.
 #[derive(Debug, Clone)]
 struct InProcess {
@@ -33,7 +32,7 @@ struct InProcess {
     first: Arc<Vec<Peering>>,
     max_streams: u32,
     takes: Duration,
-    kept: Arc<Mutex<Vec<(SendStream<Bytes>, RecvStream)>>>,
+    kept: Arc<Mutex<Vec<Kept>>>,
 }
 
 impl InProcess {
@@ -179,15 +178,28 @@ async fn a_congested_connection_takes_no_new_stream() {
     drop(fourth);
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn idle_connections_are_closed_and_their_peer_forgotten() {
     let pool = Pool::new(InProcess::new(&[]));
     let (key, connect) = (key("b"), connect());
-    drop(pool.open(&key, &connect).await.unwrap());
+    let busy = pool.open(&key, &connect).await.unwrap();
+    let (peer, tunnel) = (busy.slot.peer.clone(), busy.slot.tunnel.clone());
+    peer.release(&tunnel, Duration::ZERO);
+    assert_eq!(pool.total(), 1, "a connection with a stream is not idle");
+    drop(busy);
+    peer.release(&tunnel, Duration::from_secs(60));
+    assert_eq!(pool.total(), 1, "not idle for so long");
+    peer.release(&tunnel, Duration::ZERO);
+    assert_eq!(pool.total(), 0);
     pool.connector.kept.lock().unwrap().clear();
-    assert_eq!(pool.total(), 1);
-    sleep(limits::POOL_IDLE * 2).await;
-    assert_eq!((pool.total(), lock(&pool.peers).len()), (0, 0));
+    drop(tunnel);
+    for _ in 0..500 {
+        if lock(&pool.peers).is_empty() {
+            return;
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+    panic!("the connection did not end");
 }
 
 #[tokio::test]
@@ -202,15 +214,15 @@ async fn a_forgotten_peer_keeps_its_streams_and_gets_no_new_ones() {
     old.send.send_data(Bytes::from_static(b"still here"), false).unwrap();
     let fresh = pool.open(&gone, &connect).await.unwrap();
     assert!(!Arc::ptr_eq(&old.slot.tunnel, &fresh.slot.tunnel));
-    let data = async {
-        loop {
-            let mut kept = pool.connector.kept.lock().unwrap();
-            if let Some(Some(Ok(data))) = kept.iter_mut().map(|(_, body)| futures::FutureExt::now_or_never(body.data())).find_map(|data| data) {
-                return data;
-            }
-            drop(kept);
-            sleep(Duration::from_millis(5)).await;
-        }
+    let arrived = || {
+        let mut kept = pool.connector.kept.lock().unwrap();
+        kept.iter_mut().find_map(|(_, body)| futures::FutureExt::now_or_never(body.data()).flatten())
     };
-    assert_eq!(tokio::time::timeout(Duration::from_secs(5), data).await.unwrap(), "still here");
+    for _ in 0..500 {
+        if let Some(data) = arrived() {
+            return assert_eq!(data.unwrap(), "still here");
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+    panic!("the forgotten connection carries nothing");
 }

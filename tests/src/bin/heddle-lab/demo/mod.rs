@@ -17,7 +17,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use heddle_lab::state::{self, Claim};
+use heddle_lab::state::Claim;
 
 use report::Report;
 use stage::Stage;
@@ -34,10 +34,12 @@ pub fn run(keep: bool, page: Option<&Path>) -> Result<ExitCode> {
     if let Err(error) = &shown {
         report.check(false, "the demonstration ran to its end", &format!("{error:#}"));
     }
-    if keep {
-        stage.keep(&mut report)?;
-    } else {
-        scenes::removal(stage, &mut report)?;
+    if !report.good() {
+        stage.lab.print_logs();
+    }
+    let ended = if keep { stage.keep(&mut report) } else { scenes::removal(stage, &mut report) };
+    if let Err(error) = ended {
+        report.check(false, "it came to its end", &format!("{error:#}"));
     }
     report.finish(begun.elapsed());
     if let Some(page) = page {
@@ -85,8 +87,7 @@ fn remove_on_interrupt(claim: Claim) -> Result<()> {
         if let Err(error) = claim.release() {
             eprintln!("{error:#}");
         }
-        // The main thread may have made something while this one removed: once more, and end.
-        let _ = state::leftovers().map(|_| claim.release());
+        // What the main thread made in the meantime is swept by `cargo xtask`, or by the next lab.
         exit(130);
     });
     Ok(())

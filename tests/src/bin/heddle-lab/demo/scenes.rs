@@ -44,9 +44,9 @@ fn url(pod: &Pod) -> String {
 }
 
 /// What every client gets of every server: the same questions with and without the mesh.
-fn ask_all(stage: &Stage) -> Result<Answers> {
+fn ask_all(stage: &Stage, clients: &[&Pod]) -> Result<Answers> {
     let mut answers = Answers::new();
-    for client in [&stage.shopper, &stage.visitor, &stage.legacy] {
+    for client in clients {
         for server in &stage.web {
             for url in [url(server), format!("http://{}/", server.at6(WEB))] {
                 let answer = curl(client, &url).unwrap_or_else(|error| format!("failed: {error}"));
@@ -63,7 +63,7 @@ fn ask_all(stage: &Stage) -> Result<Answers> {
 fn without_the_mesh(stage: &Stage, report: &mut Report) -> Result<Answers> {
     report.scene("Without the mesh: what the link between the nodes shows");
     let recording = stage.lab.record()?;
-    let answers = ask_all(stage)?;
+    let answers = ask_all(stage, &[&stage.shopper, &stage.visitor, &stage.legacy])?;
     let traffic = recording.finish()?;
     let answered = answers.values().filter(|answer| !answer.starts_with("failed")).count();
     report.check(
@@ -104,7 +104,7 @@ fn enrolment(stage: &Stage, report: &mut Report) -> Result<()> {
 fn with_the_mesh(stage: &Stage, report: &mut Report, before: &Answers) -> Result<()> {
     report.scene("With the mesh: the same answers, and nothing to read on the link");
     let recording = stage.lab.record()?;
-    let answers = ask_mesh_members(stage)?;
+    let answers = ask_all(stage, &[&stage.shopper, &stage.visitor])?;
     let traffic = recording.finish()?;
     let mut different = Vec::new();
     for (question, answer) in &answers {
@@ -140,13 +140,6 @@ fn with_the_mesh(stage: &Stage, report: &mut Report, before: &Answers) -> Result
     let both = names.keys().map(String::as_str).eq(["web-1", "web-2"]);
     report.check(both, "the Service's address, which nothing routes, reaches both nodes", &format!("{names:?}"));
     Ok(())
-}
-
-/// The questions of [`ask_all`] that members of the mesh ask.
-fn ask_mesh_members(stage: &Stage) -> Result<Answers> {
-    let mut answers = ask_all(stage)?;
-    answers.retain(|question, _| !question.starts_with("legacy"));
-    Ok(answers)
 }
 
 fn identities(stage: &Stage, report: &mut Report) -> Result<()> {
@@ -270,7 +263,7 @@ fn agent_killed(stage: &Stage, report: &mut Report) -> Result<()> {
     let leaked = recording.finish()?.streams.iter().filter(|stream| stream.to.port() == WEB).count();
     let quick = seen.total_us < 100_000;
     report.check(
-        seen.error.as_deref() == Some("refused") && quick,
+        seen.was_refused() && quick,
         "with no agent the shopper is refused at once",
         &format!("{} after {:.1} ms", seen.error.as_deref().unwrap_or("served"), micros(seen.total_us)),
     );

@@ -41,7 +41,8 @@ impl Stage {
     /// Builds everything, nobody enrolled yet.
     pub fn build(report: &mut Report) -> Result<Self> {
         report.scene("Two nodes, a CA, an agent on each node, six pods");
-        let lab = Lab::two_nodes()?;
+        let mut lab = Lab::two_nodes()?;
+        lab.hush();
         let web = [web_pod(&lab, "web-1", 1)?, web_pod(&lab, "web-2", 2)?];
         let quotes =
             lab.pod(NAMESPACE, "quotes").on(2).serves(&["banner:2525", "echo:7000"]).outside_the_mesh().start()?;
