@@ -257,7 +257,8 @@ impl Agent {
 
     /// `heddle status`, as a person reads it.
     pub fn status_text(&self) -> Result<String> {
-        self.heddle(&["status", "--admin-socket", utf8(&self.admin)?])?.ok()
+        // It exits with 1 where a pod is uncaptured; the table is there all the same.
+        Ok(self.heddle(&["status", "--admin-socket", utf8(&self.admin)?])?.stdout)
     }
 
     /// What `heddle status` says of a pod (`namespace/name`): its state, and the reason where there is one.

@@ -56,7 +56,7 @@ fn the_app_sees_its_clients_address_through_the_tunnel() -> Result {
 #[test]
 fn the_app_sees_its_clients_address_on_the_same_node() -> Result {
     needs_root!();
-    let Stage { client, near, .. } = stage(&["who:7000"])?;
+    let Stage { lab: _lab, client, near, .. } = stage(&["who:7000"])?;
     check(&client.connect(near.at(7000)).run()?, client.v4(), near.at(7000), near.at(7000))?;
     check(&client.connect(near.at6(7000)).run()?, client.v6(), near.at6(7000), near.at6(7000))
 }
@@ -199,7 +199,7 @@ fn traffic_to_what_is_not_in_the_mesh_is_untouched() -> Result {
 #[test]
 fn a_closed_port_is_refused_through_the_tunnel() -> Result {
     needs_root!();
-    let Stage { client, far, near, .. } = stage(&["who:7000"])?;
+    let Stage { lab: _lab, client, far, near } = stage(&["who:7000"])?;
     for server in [&far, &near] {
         let seen = client.connect(server.at(7999)).run()?;
         assert!(seen.was_refused() || (seen.error.is_none() && seen.received.is_empty()), "{seen:?}");
