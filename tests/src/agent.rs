@@ -251,14 +251,13 @@ impl Agent {
 
     /// `heddle status --json`.
     pub fn status(&self) -> Result<Value> {
-        let text = self.heddle(&["status", "--admin-socket", utf8(&self.admin)?, "--json"])?.ok()?;
-        serde_json::from_str(&text).with_context(|| format!("heddle status --json: {text}"))
+        let output = self.heddle(&["status", "--admin-socket", utf8(&self.admin)?, "--json"])?;
+        serde_json::from_str(&output.stdout).with_context(|| format!("heddle status --json: {output:?}"))
     }
 
-    /// `heddle status`, as a person reads it.
-    pub fn status_text(&self) -> Result<String> {
-        // It exits with 1 where a pod is uncaptured; the table is there all the same.
-        Ok(self.heddle(&["status", "--admin-socket", utf8(&self.admin)?])?.stdout)
+    /// `heddle status`, as a person reads it. Its exit status tells whether every pod is captured.
+    pub fn status_text(&self) -> Result<Output> {
+        self.heddle(&["status", "--admin-socket", utf8(&self.admin)?])
     }
 
     /// What `heddle status` says of a pod (`namespace/name`): its state, and the reason where there is one.

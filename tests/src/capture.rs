@@ -71,7 +71,7 @@ impl Traffic {
     pub fn parse(file: &[u8]) -> Result<Self> {
         ensure!(le32(file, 0) == Some(0xa1b2_c3d4) && le32(file, 20) == Some(1), "not a pcap file of Ethernet packets");
         let mut traffic = Self::default();
-        let mut segments: BTreeMap<(SocketAddr, SocketAddr), Vec<(u32, bool, &[u8])>> = BTreeMap::new();
+        let mut segments: BTreeMap<_, Vec<_>> = BTreeMap::new();
         let mut at = 24;
         while let Some(length) = le32(file, at + 8) {
             let length = usize::try_from(length)?;

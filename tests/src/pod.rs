@@ -421,6 +421,7 @@ impl Pod {
         for key in ["net/ipv4/tcp_fwmark_accept", "net/ipv4/fwmark_reflect", "net/ipv4/ip_local_port_range"] {
             text.push_str(&format!("{key} = {}\n", self.netns.read_sysctl(key)?));
         }
-        Ok(text)
+        // Whether the link was up at that moment is not capture's doing.
+        Ok(text.replace(" linkdown", ""))
     }
 }

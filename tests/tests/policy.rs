@@ -144,7 +144,7 @@ fn a_policy_change_closes_the_live_connections_that_it_denies_and_no_other() -> 
     let line = stage.lab.agent(2)?.wait_access("a closed connection", |line| {
         line.get("src.identity") == stage.stranger.identity()
             && line.mentions("shop/rule")
-            && line.get("bytes_recv") != ""
+            && !line.get("bytes_recv").is_empty()
     })?;
     assert!(line.mentions("policy change"), "{line:?}");
     Ok(())

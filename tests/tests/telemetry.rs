@@ -142,7 +142,9 @@ fn a_pod_that_can_not_be_captured_is_reported_with_the_reason() -> Result {
         agent.metrics().ok().filter(|scrape| scrape.sum("heddle_pods_uncaptured", &[]) >= 1.0)
     })?;
     assert_eq!(scrape.sum("heddle_pods_uncaptured", &[("reason", reason.as_str())]), 1.0);
-    assert!(agent.status_text()?.lines().any(|line| line.contains("lost") && line.contains("uncaptured")));
+    let status = agent.status_text()?;
+    assert!(status.stdout.lines().any(|line| line.contains("lost") && line.contains("uncaptured")), "{status:?}");
+    assert!(!status.status.success(), "scripts can tell");
     // It is the only one: others of the node are served as ever.
     assert_eq!(client.connect(server.at(7000)).say("x").with("--expect", 1).run()?.error, None);
     Ok(())

@@ -31,7 +31,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Run the agent of this node.
-    Agent(agent::Args),
+    Agent(Box<agent::Args>),
     /// Run the built-in certificate authority.
     Ca(ca::Args),
     /// Show this node's pods and whether they are captured.

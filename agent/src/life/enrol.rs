@@ -168,13 +168,7 @@ pub struct Enrolment<S> {
 }
 
 impl<S: Stages> Enrolment<S> {
-    pub fn new(
-        stages: S,
-        node: Arc<str>,
-        pods: Pods,
-        first_pass: Blocker,
-        stop: CancellationToken,
-    ) -> Self {
+    pub fn new(stages: S, node: Arc<str>, pods: Pods, first_pass: Blocker, stop: CancellationToken) -> Self {
         let (sender, news) = mpsc::unbounded_channel();
         let turns = Arc::new(Semaphore::new(limits::ENROLMENTS));
         let shared = Shared { stages, pods, turns, stop, news: sender };

@@ -177,8 +177,7 @@ async fn agent(config: Config) -> Result<(), StartError> {
     let admin = tokio::spawn(admin.serve(known.answers(), serving.clone()));
 
     let stop = CancellationToken::new();
-    let enrolment =
-        Enrolment::new(context.clone(), Arc::clone(&config.node), pods, enrolling, stop.clone());
+    let enrolment = Enrolment::new(context.clone(), Arc::clone(&config.node), pods, enrolling, stop.clone());
     let enrolment = tokio::spawn(enrolment.run(view.clone()));
     tokio::spawn(first_certificate(context.certificates.clone(), readiness.clone(), certifying));
     tokio::spawn(sweep(telemetry, view, stop.clone()));

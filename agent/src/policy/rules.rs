@@ -194,5 +194,5 @@ impl Condition {
 
 /// An IPv4 address is the same in its IPv6-mapped form; blocks are kept unmapped.
 fn contains(block: &IpNet, address: IpAddr) -> bool {
-    block.contains(&address)
+    block.contains(&address.to_canonical())
 }

@@ -162,7 +162,7 @@ impl Traffic {
     /// The five families. The lock is held for copying numbers only, not for making text.
     pub fn families(&self) -> Vec<MetricFamily> {
         let mut rows: [Vec<Metric>; 5] = Default::default();
-        let copy: Vec<(Arc<Labels>, Vec<(usize, &'static str, u64)>)> =
+        let copy: Vec<(Arc<Labels>, _)> =
             self.table().sets.iter().map(|(labels, counts)| (Arc::clone(labels), counts.exposed())).collect();
         for (labels, lines) in copy {
             for (metric, flags, value) in lines {

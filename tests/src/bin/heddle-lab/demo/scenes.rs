@@ -97,7 +97,7 @@ fn enrolment(stage: &Stage, report: &mut Report) -> Result<()> {
         report.check(captured, &format!("node{node}: capture is proven in the kernel"), &names.join(", "));
     }
     report.note(&format!("all five in {:.1} s", took.as_secs_f64()));
-    report.quote(stage.lab.agent(1)?.status_text()?.lines().take(12).map(str::to_owned).collect());
+    report.quote(stage.lab.agent(1)?.status_text()?.stdout.lines().take(12).map(str::to_owned).collect());
     Ok(())
 }
 
