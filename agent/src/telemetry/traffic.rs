@@ -105,7 +105,7 @@ impl Traffic {
             counts.live = counts.live.saturating_sub(1);
         }
         let labels =
-            table.admit(live.labels, &connection.flow, self.capacity, now, |counts| cost(&counts.closed, flags));
+            table.admit(live.labels, &connection.flow, self.capacity, now, |counts| counts.cost_of_close(flags));
         if let Some(counts) = table.sets.get_mut(&labels) {
             bump(&mut counts.closed, flags);
         }
@@ -237,6 +237,10 @@ impl Counts {
     /// Opened, sent, received and the usual way to close are there from the first connection on.
     fn cost_of_open(&self) -> usize {
         if self.opened == 0 { 4 } else { 0 }
+    }
+
+    fn cost_of_close(&self, flags: &'static str) -> usize {
+        if self.opened > 0 && flags == NO_FLAGS { 0 } else { cost(&self.closed, flags) }
     }
 
     fn lines(&self) -> usize {

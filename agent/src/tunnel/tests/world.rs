@@ -41,10 +41,17 @@ use crate::{
 pub const PORT: u16 = 8_080;
 const APP: u16 = 10_000;
 
-/// A third octet that no other test of this process uses.
-fn subnet() -> [u8; 2] {
-    static NEXT: AtomicU16 = AtomicU16::new(1);
-    (NEXT.fetch_add(1, Ordering::Relaxed)).to_be_bytes()
+/// Two middle octets of loopback addresses that no other test uses, in this process or in one of its own beside it:
+/// whoever holds the port of such an address has it.
+fn subnet() -> ([u8; 2], std::net::UdpSocket) {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let start = u16::try_from(std::process::id() % 0x4000).unwrap_or_default();
+    loop {
+        let [high, low] = (start.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % 0x4000).to_be_bytes();
+        if let Ok(claim) = std::net::UdpSocket::bind((Ipv4Addr::new(127, 100 + high, low, 1), PORT)) {
+            return ([high, low], claim);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -244,6 +251,8 @@ pub struct World {
     pub vip: SocketAddr,
     pub rules: Arc<ArcSwap<Rulebook>>,
     pub snapshots: watch::Sender<Arc<Snapshot>>,
+    /// Held while the addresses are in use.
+    _claim: std::net::UdpSocket,
 }
 
 impl World {
@@ -254,7 +263,7 @@ impl World {
 
     /// `b` has its certificate from, and trusts, `other`.
     pub fn trusting(authority: &Arc<Authority>, other: &Authority) -> Self {
-        let [high, low] = subnet();
+        let ([high, low], claim) = subnet();
         let at = |host: u8| IpAddr::V4(Ipv4Addr::new(127, 100 + high, low, host));
         let (a, b, vip) = (at(1), at(2), at(100));
         let records = [workload("a", &[&a.to_string()], true), workload("b", &[&b.to_string()], true)];
@@ -299,6 +308,7 @@ impl World {
             vip: (vip, PORT).into(),
             rules,
             snapshots,
+            _claim: claim,
         };
         world.a.serve((b, PORT).into());
         world.a.serve(world.vip);
