@@ -71,7 +71,7 @@ impl Traffic {
     pub fn parse(file: &[u8]) -> Result<Self> {
         ensure!(le32(file, 0) == Some(0xa1b2_c3d4) && le32(file, 20) == Some(1), "not a pcap file of Ethernet packets");
         let mut traffic = Self::default();
-        let mut segments: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        let mut segments: BTreeMap<(SocketAddr, SocketAddr), Vec<Piece<'_>>> = BTreeMap::new();
         let mut at = 24;
         while let Some(length) = le32(file, at + 8) {
             let length = usize::try_from(length)?;
@@ -134,6 +134,9 @@ fn le32(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
+/// Sequence number, SYN and payload of a segment.
+type Piece<'a> = (u32, bool, &'a [u8]);
+/// Both addresses, and a [`Piece`].
 type Segment<'a> = (SocketAddr, SocketAddr, u32, bool, &'a [u8]);
 
 /// Addresses, sequence number, SYN and payload of an Ethernet frame with TCP over IPv4 or IPv6 in it.
@@ -172,7 +175,7 @@ fn tcp(frame: &[u8]) -> Option<Segment<'_>> {
 
 /// Payload in order of sequence numbers, retransmissions once. A port pair that was used twice gives both, one after the
 /// other.
-fn assemble(segments: &[(u32, bool, &[u8])]) -> Vec<u8> {
+fn assemble(segments: &[Piece<'_>]) -> Vec<u8> {
     let mut whole = Vec::new();
     let starts: Vec<usize> = segments.iter().enumerate().filter(|(_, (_, syn, _))| *syn).map(|(at, _)| at).collect();
     let mut bounds = vec![0];

@@ -154,7 +154,10 @@ fn a_pod_that_can_not_be_captured_is_reported_with_the_reason() -> Result {
 fn certificate_expiry_and_captured_pods_are_in_the_metrics() -> Result {
     needs_root!();
     let (lab, _client, _server) = stage(&["echo:7000"])?;
-    let scrape = lab.agent(1)?.metrics()?;
+    let agent = lab.agent(1)?;
+    let scrape = until(Duration::from_secs(10), "a certificate in the metrics", || {
+        agent.metrics().ok().filter(|scrape| scrape.has("heddle_certificate_expiry_timestamp_seconds"))
+    })?;
     assert_eq!(scrape.sum("heddle_pods_captured", &[]), 1.0);
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs_f64();
     let expiries: Vec<f64> =

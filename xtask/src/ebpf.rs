@@ -190,7 +190,7 @@ fn debian_sources(work: &Path) -> Result<PathBuf> {
         fs::create_dir_all(work.join(directory))?;
     }
     let (list, configuration) = (work.join("sources.list"), work.join("apt.conf"));
-    fs::write(&list, format!("deb [signed-by={}] https://deb.debian.org/debian unstable main\n", keyring.display()))?;
+    fs::write(&list, format!("deb [signed-by={}] {} unstable main\n", keyring.display(), debian_archive()?))?;
     let here = work.display();
     fs::write(
         &configuration,
@@ -209,6 +209,18 @@ fn debian_sources(work: &Path) -> Result<PathBuf> {
     run_quietly(Command::new("dpkg-deb").arg("-x").arg(package).arg(work.join("unpacked")))?;
     let release = entry(&work.join("unpacked/usr/src"), |name| name.starts_with("rustc-"))?;
     Ok(release.join("library"))
+}
+
+/// The Debian archive that this machine's own apt is set up for.
+fn debian_archive() -> Result<String> {
+    let format = ["indextargets", "--format", "$(ORIGIN) $(SUITE) $(REPO_URI)", "Identifier: Packages"];
+    let targets = run_quietly(Command::new("apt-get").args(format))?;
+    let archive = targets.lines().find_map(|line| {
+        let (origin, rest) = line.split_once(' ')?;
+        let uri = rest.rsplit(' ').next()?;
+        (origin == "Debian" && !rest.contains("security")).then(|| uri.to_owned())
+    });
+    archive.context("apt knows no Debian archive (run apt-get update)")
 }
 
 /// bpf-linker of the one right version: the installed one, else one of our own under `target/`.

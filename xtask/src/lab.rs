@@ -11,9 +11,16 @@ pub struct Options {
     /// Remove what `cargo xtask demo --keep` left running
     #[arg(long)]
     remove: bool,
+    /// Measure throughput, connect rate and latency between the nodes, with the mesh and without
+    #[arg(long, conflicts_with = "remove")]
+    measure: bool,
 }
 
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let args: &[_] = if options.remove { &["remove".into()] } else { &["up".into()] };
-    with_lab(args)
+    let verb = match options {
+        Options { remove: true, .. } => "remove",
+        Options { measure: true, .. } => "measure",
+        _ => "up",
+    };
+    with_lab(&[verb.into()])
 }

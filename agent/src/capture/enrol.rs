@@ -218,12 +218,19 @@ async fn restore(netns: &Arc<Netns>, switched_on: &[String]) -> io::Result<()> {
     sysctl::switch(netns, switched_on, false)
 }
 
-/// Takes the programs off, what marks connections first.
+/// Takes the programs off, what marks connections first. They are off when this returns: a listener that went before its
+/// `connect` program would have connections refused that are the pod's own again.
 fn unhang(folder: &Path, name: &Arc<str>) -> Result<(), CaptureError> {
-    PROGRAMS
-        .iter()
-        .rev()
-        .try_for_each(|(program, _)| pin::remove_if_there(&folder.join(program)).map_err(at(name, Step::Pins)))
+    for (program, _) in PROGRAMS.iter().rev() {
+        let pin = folder.join(program);
+        match kernel::open_pin(&pin) {
+            Ok(link) => kernel::unlink(&link).map_err(at(name, Step::Link))?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(at(name, Step::Pins)(error)),
+        }
+        pin::remove_if_there(&pin).map_err(at(name, Step::Pins))?;
+    }
+    Ok(())
 }
 
 /// Closes capture's own hold on the pod's listener; with `programs`, takes the pod's programs off first, so that its new

@@ -25,6 +25,7 @@ const MAP_GET_FD_BY_ID: libc::c_long = 14;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
+const LINK_DETACH: libc::c_long = 34;
 
 const LINK_TYPE_CGROUP: u32 = 3;
 const LINK_TYPE_NETNS: u32 = 5;
@@ -97,6 +98,11 @@ struct LinkCreateAttr {
     target: u32,
     attach_type: u32,
     flags: u32,
+}
+
+#[repr(C)]
+struct LinkDetachAttr {
+    link: u32,
 }
 
 #[repr(C)]
@@ -194,6 +200,11 @@ pub fn link(program: &impl AsFd, target: &impl AsFd, hook: Hook) -> io::Result<O
 pub fn relink(link: &impl AsFd, program: &impl AsFd) -> io::Result<()> {
     let mut attr = LinkUpdateAttr { link: number(link), program: number(program), flags: 0, old_program: 0 };
     bpf(LINK_UPDATE, &mut attr).map(drop)
+}
+
+/// Takes a link's program off its hook, now (Linux 5.9). Closing the last descriptor does it too, but some time later.
+pub fn unlink(link: &impl AsFd) -> io::Result<()> {
+    bpf(LINK_DETACH, &mut LinkDetachAttr { link: number(link) }).map(drop)
 }
 
 fn info<I>(object: &impl AsFd, info: &mut I) -> io::Result<()> {
