@@ -7,10 +7,12 @@ use std::{
     borrow::Cow,
     fs::OpenOptions,
     io::{self, Write},
+    net::SocketAddr,
     path::PathBuf,
     time::{Duration, SystemTime},
 };
 
+use heddle_common::HBONE_PORT;
 use serde::Serialize;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 
@@ -169,7 +171,7 @@ impl Record<'_> {
             ("src.workload", source.and_then(|workload| text(&workload.name))),
             ("src.namespace", source.and_then(|workload| text(&workload.namespace))),
             ("src.identity", identity(&flow.source_principal)),
-            ("dst.addr", Some(Value::Word(flow.destination.to_string()))),
+            ("dst.addr", Some(Value::Word(reached(flow).to_string()))),
             ("dst.hbone_addr", flow.hbone_target.map(|target| Value::Word(target.to_string()))),
             ("dst.service", flow.destination_service.as_deref().and_then(|service| text(&service.hostname))),
             ("dst.workload", destination.and_then(|workload| text(&workload.name))),
@@ -252,4 +254,12 @@ impl serde_json::ser::Formatter for OneLine {
 /// All of them are in the basic plane, so one `\uXXXX` is enough.
 fn acts(character: char) -> bool {
     matches!(character, '\u{7f}'..='\u{9f}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+}
+
+/// What was connected to on the wire: port 15008 of the pod for a tunnel, on both sides, so that their lines match.
+fn reached(flow: &Flow) -> SocketAddr {
+    match (flow.direction, flow.hbone_target) {
+        (Direction::Outbound, Some(target)) => SocketAddr::new(target.ip(), HBONE_PORT),
+        _ => flow.destination,
+    }
 }
