@@ -5,6 +5,10 @@ use std::process::ExitCode;
 use clap::Parser;
 use heddle::cli::{Cli, exit_code, parse_exit_code};
 
+/// Relay buffers come and go by hundreds of KiB: the C library maps and unmaps each, page by page.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
