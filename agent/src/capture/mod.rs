@@ -30,3 +30,4 @@ pub use handle::{
     Attached, CaptureConfig, CaptureError, Delivery, Handle, Occupied, PodSpec, PodState, PodStatus, ProbeCommand,
     ProbeToken,
 };
+pub use socket::{TcpHealth, tcp_health};

@@ -140,7 +140,7 @@ impl From<&Connection> for ConnectionLine {
             bytes_to_app,
             bytes_to_client,
             open_seconds: connection.opened.elapsed().as_secs(),
-            trace_id: flow.trace_id.clone(),
+            trace_id: flow.trace.as_ref().map(ToString::to_string).unwrap_or_default(),
         }
     }
 }

@@ -177,6 +177,10 @@ pub const METRIC_IDLE: Duration = Duration::from_secs(600);
 pub const METRIC_SWEEP: Duration = Duration::from_secs(60);
 /// Pairs of reason and policy in the metric of denials (series); past it the policy is `overflow`.
 pub const METRIC_DENIALS: usize = 1_000;
+/// TCP's state of a tunnel is asked for at most this often (duration): a system call that no byte waits for.
+pub const TCP_HEALTH: Duration = Duration::from_secs(1);
+/// A dry-run policy that matches is logged at most this often (duration), and counted always.
+pub const DRY_RUN_LOG: Duration = Duration::from_secs(1);
 /// Longest error text in an access-log line (bytes).
 pub const LOG_DETAIL: usize = 512;
 /// Lines of the agent's own log queued for writing (lines); past it lines are dropped.

@@ -186,7 +186,7 @@ impl Record<'_> {
             ("reason", text(reason)),
             ("policy", text(&policy)),
             ("error", text(&error)),
-            ("trace_id", text(&flow.trace_id)),
+            ("trace_id", flow.trace.as_ref().and_then(|trace| text(&trace.to_string()))),
         ];
         fields.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
     }

@@ -23,7 +23,7 @@ use crate::{
     cluster::{Naming, Service, Unattended, Workload},
     identity::CertificateStatus,
     policy::Denial,
-    tunnel::{Connection, Direction, End, Flow, Observer, Security},
+    tunnel::{Connection, Direction, End, Flow, Observer, Security, Trace},
 };
 
 fn workload(name: &str) -> Arc<Workload> {
@@ -71,7 +71,7 @@ fn flow(direction: Direction) -> Flow {
             ports: vec![],
             endpoints: vec![],
         })),
-        trace_id: "0af7651916cd43dd8448eb211c80319c".to_owned(),
+        trace: Trace::join("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
     }
 }
 
@@ -415,8 +415,7 @@ fn the_log_tells_bytes_as_each_side_sees_them() {
 
 #[test]
 fn a_denied_connection_names_the_policy_and_a_revoked_one_says_so() {
-    let flow =
-        Flow { security: Security::None, hbone_target: None, trace_id: String::new(), ..flow(Direction::Inbound) };
+    let flow = Flow { security: Security::None, hbone_target: None, trace: None, ..flow(Direction::Inbound) };
     let end = End::Denied(Denial::Explicit { policy: "shop/deny".into() });
     let denied: serde_json::Value = serde_json::from_slice(&record(&flow, &end, None).line(Format::Json)).unwrap();
     for (key, value) in [

@@ -13,7 +13,9 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
+use super::{Trace, meter::Wire, offer::PoolCounts};
 use crate::{
+    capture::TcpHealth,
     cluster::{Service, Workload},
     identity::SpiffeId,
     policy::{self, Rulebook},
@@ -51,8 +53,8 @@ pub struct Flow {
     pub destination_workload: Option<Arc<Workload>>,
     pub destination_principal: Option<SpiffeId>,
     pub destination_service: Option<Arc<Service>>,
-    /// Trace id of the tunnel (`traceparent`), 32 hex digits, empty for plaintext.
-    pub trace_id: String,
+    /// This side's span of the tunnelled connection; `None` for plaintext.
+    pub trace: Option<Trace>,
 }
 
 /// How a connection ended.
@@ -102,6 +104,18 @@ pub trait Observer: Send + Sync + std::fmt::Debug {
     fn failed(&self, flow: &Flow, end: &End);
     /// A TLS handshake: `Ok` or the stable reason.
     fn handshake(&self, direction: Direction, result: Result<(), &'static str>);
+    /// A dry-run policy matched a connection that asked to come in.
+    fn rehearsed(&self, _connection: &Connection, _rehearsal: &policy::Rehearsal) {}
+    /// Whether a trace that begins now is to be exported.
+    fn sample(&self) -> bool {
+        false
+    }
+    /// A tunnel's TCP connection is there. Its live byte counts are read from the [`Wire`].
+    fn wire_opened(&self, _wire: &Arc<Wire>) {}
+    /// How TCP gets on, once in a while; `None` where the kernel does not say.
+    fn wire_health(&self, _wire: &Wire, _health: Option<TcpHealth>) {}
+    /// It is gone; counted bytes are final.
+    fn wire_closed(&self, _wire: &Wire, _health: Option<TcpHealth>) {}
 }
 
 /// All live connections. Cheap to clone; each stage sees the same set.
@@ -116,6 +130,7 @@ const SHARDS: usize = 16;
 #[derive(Debug, Default)]
 struct Inner {
     next: AtomicU64,
+    pool: Arc<PoolCounts>,
     shards: [Mutex<HashMap<u64, Arc<Connection>>>; SHARDS],
 }
 
@@ -134,6 +149,12 @@ impl Registry {
     #[must_use]
     pub fn count(&self) -> usize {
         self.inner.shards.iter().map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner).len()).sum()
+    }
+
+    /// What the pods' pools of tunnels count, all together.
+    #[must_use]
+    pub fn pool(&self) -> &Arc<PoolCounts> {
+        &self.inner.pool
     }
 
     fn shard(&self, id: u64) -> MutexGuard<'_, HashMap<u64, Arc<Connection>>> {

@@ -132,7 +132,7 @@ fn unadmitted(arrival: Arrival, local: SocketAddr, peer: SocketAddr) -> Flow {
         destination_workload: None,
         destination_principal: None,
         destination_service: None,
-        trace_id: String::new(),
+        trace: None,
     }
 }
 

@@ -16,15 +16,20 @@ mod context;
 mod edge;
 mod http2;
 mod listen;
+mod meter;
 mod offer;
 mod pod;
 mod relay;
+mod trace;
 
 #[cfg(test)]
 mod tests;
 
 pub use connections::{Connection, Direction, End, Flow, Observer, Registry, Security, reconsider};
 pub use context::Context;
+pub use meter::Wire;
+pub use offer::{PoolCounts, PoolEnd};
+pub use trace::Trace;
 
 use std::sync::Arc;
 

@@ -48,7 +48,11 @@ pub(super) struct Pod<E: Edge> {
 
 impl<E: Edge> Pod<E> {
     pub fn new(edge: E, shared: Shared, enrolled: Arc<Workload>, token: ProbeToken, stop: CancellationToken) -> Self {
-        let pool = Pool::new(Dialer { edge: edge.clone(), observer: Arc::clone(&shared.observer) });
+        let pool = Pool::new(Dialer {
+            edge: edge.clone(),
+            observer: Arc::clone(&shared.observer),
+            counts: Arc::clone(shared.registry.pool()),
+        });
         let budget = Arc::new(Semaphore::new(limits::CONNECTIONS_PER_POD));
         Self { edge, shared, token, stop, pool, enrolled, budget, refused: AtomicU64::new(0) }
     }

@@ -25,14 +25,18 @@ use crate::{
     life::limits,
     policy,
     tunnel::{
-        Direction, Flow, Security,
+        Direction, Flow, Security, Trace,
         connections::Carried,
         edge::Edge,
         http2,
+        meter::Metered,
         pod::{Pod, workload_at},
         relay::{self, Counters},
     },
 };
+
+/// The buffer makes one large read of what rustls would ask for in steps of 4 KiB.
+type Tls = TlsStream<BufReader<Metered>>;
 
 /// What holds for all streams of one connection.
 #[derive(Debug)]
@@ -75,7 +79,7 @@ fn tell<E: Edge>(pod: &Pod<E>, client: SocketAddr, local: SocketAddr, error: &An
         destination_workload: Some(pod.record(&snapshot)),
         destination_principal: None,
         destination_service: None,
-        trace_id: String::new(),
+        trace: None,
     };
     pod.failed(&flow, &failed(error));
 }
@@ -85,7 +89,7 @@ async fn authenticate<E: Edge>(
     tcp: TcpStream,
     client: SocketAddr,
     local: SocketAddr,
-) -> Result<(TlsStream<BufReader<TcpStream>>, Peer), AnswerError> {
+) -> Result<(Tls, Peer), AnswerError> {
     let record = pod.record(&pod.shared.cluster.load());
     let own = pod
         .identity(&record)
@@ -96,6 +100,7 @@ async fn authenticate<E: Edge>(
         .server(&own)
         .await
         .map_err(|error| AnswerError::Identity { reason: error.reason(), detail: error.to_string().into() })?;
+    let tcp = Metered::new(tcp, Direction::Inbound, Arc::clone(&pod.shared.observer));
     let tcp = BufReader::with_capacity(limits::TLS_READ, tcp);
     let mut tls = match timeout(limits::TLS_HANDSHAKE, TlsAcceptor::from(settings).accept(tcp)).await {
         Ok(Ok(tls)) => tls,
@@ -117,11 +122,7 @@ async fn authenticate<E: Edge>(
 }
 
 /// Takes streams until the connection ends. After `stop`, or when it is old, the peer is asked to open new ones elsewhere.
-async fn streams<E: Edge>(
-    pod: &Arc<Pod<E>>,
-    tls: TlsStream<BufReader<TcpStream>>,
-    peer: Arc<Peer>,
-) -> Result<(), AnswerError> {
+async fn streams<E: Edge>(pod: &Arc<Pod<E>>, tls: Tls, peer: Arc<Peer>) -> Result<(), AnswerError> {
     let began = Instant::now();
     let mut connection = match timeout(limits::FIRST_CONNECT, http2::server().handshake::<_, Bytes>(tls)).await {
         Ok(Ok(connection)) => connection,
@@ -200,6 +201,9 @@ async fn stream<E: Edge>(pod: &Pod<E>, peer: &Peer, request: Request<RecvStream>
     let snapshot = pod.shared.cluster.load();
     let destination = pod.record(&snapshot);
     let header = |name| request.headers().get(name).and_then(|value| value.to_str().ok());
+    // Without a parent, or with one that can't be read, a trace begins here (W3C Trace Context §4.3).
+    let joined = header("traceparent").and_then(Trace::join);
+    let trace = joined.unwrap_or_else(|| Trace::begin(pod.shared.observer.sample()));
     let mut flow = Flow {
         direction: Direction::Inbound,
         security: Security::MutualTls,
@@ -214,7 +218,7 @@ async fn stream<E: Edge>(pod: &Pod<E>, peer: &Peer, request: Request<RecvStream>
         destination_service: meant_service(&snapshot, header("forwarded"), &destination),
         destination_workload: Some(Arc::clone(&destination)),
         destination_principal: Some(peer.own.clone()),
-        trace_id: header("traceparent").and_then(trace_id).unwrap_or_default(),
+        trace: Some(trace),
     };
     drop(snapshot);
     let budget = pod.admit();
@@ -301,31 +305,4 @@ fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode) {
     *response.status_mut() = status;
     // A client that is gone needs no answer.
     let _ = respond.send_response(response, true);
-}
-
-/// The trace id of a `traceparent` (W3C Trace Context §3.2), if it is one.
-fn trace_id(traceparent: &str) -> Option<String> {
-    let id = traceparent.split('-').nth(1)?;
-    let hex = id.len() == 32 && id.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-    (hex && id.bytes().any(|b| b != b'0')).then(|| id.to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_trace_id_is_taken_only_from_a_traceparent() {
-        let id = "0af7651916cd43dd8448eb211c80319c";
-        assert_eq!(trace_id(&format!("00-{id}-b7ad6b7169203331-00")).as_deref(), Some(id));
-        for bad in [
-            "",
-            "00",
-            "00-xyz-1-00",
-            "00-00000000000000000000000000000000-b7ad6b7169203331-00",
-            "00-0AF7651916CD43DD8448EB211C80319C-1-0",
-        ] {
-            assert_eq!(trace_id(bad), None, "{bad}");
-        }
-    }
 }

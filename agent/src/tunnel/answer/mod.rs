@@ -27,7 +27,11 @@ fn permit<E: Edge>(pod: &Pod<E>, carried: &Carried) -> Result<Permit, AnswerErro
         // Inbound connections are registered with their request; without one there is nothing to allow.
         return Err(AnswerError::Denied(policy::Denial::NotAllowed));
     };
-    Ok(policy::decide(&pod.shared.rules.load(), request)?)
+    let rules = pod.shared.rules.load();
+    for rehearsal in policy::rehearse(&rules, request) {
+        pod.shared.observer.rehearsed(carried, &rehearsal);
+    }
+    Ok(policy::decide(&rules, request)?)
 }
 
 /// A connection to the app as `client`'s. It takes the permit: nothing reaches the app without one.

@@ -34,7 +34,7 @@ pub(crate) async fn plaintext<E: Edge>(pod: &Pod<E>, tcp: TcpStream, client: Soc
         destination_workload: Some(Arc::clone(&destination)),
         destination_principal: None,
         destination_service: None,
-        trace_id: String::new(),
+        trace: None,
     };
     drop(snapshot);
     let request = Request {

@@ -5,15 +5,14 @@ use std::{future::Future, io, net::SocketAddr, sync::Arc};
 use rustls_pki_types::ServerName;
 use tokio::{
     io::{AsyncRead, AsyncWrite, BufReader},
-    net::TcpStream,
     time::timeout,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use super::{error::OfferError, pool::Key};
+use super::{counts::PoolCounts, error::OfferError, pool::Key};
 use crate::{
     life::limits,
-    tunnel::{Direction, Observer, edge::Edge},
+    tunnel::{Direction, Observer, edge::Edge, meter::Metered},
 };
 
 /// How the pool gets a connection.
@@ -21,17 +20,23 @@ pub(crate) trait Connector: Clone + Send + Sync + 'static {
     type Io: AsyncRead + AsyncWrite + Send + Unpin + 'static;
 
     fn connect(&self, key: &Key) -> impl Future<Output = Result<Self::Io, OfferError>> + Send;
+
+    /// Where the pool counts; for itself alone unless said otherwise.
+    fn counts(&self) -> Arc<PoolCounts> {
+        Arc::default()
+    }
 }
 
 #[derive(Debug, Clone)]
 pub(crate) struct Dialer<E> {
     pub edge: E,
     pub observer: Arc<dyn Observer>,
+    pub counts: Arc<PoolCounts>,
 }
 
 impl<E: Edge> Connector for Dialer<E> {
     /// The buffer makes one large read of what rustls would ask for in steps of 4 KiB.
-    type Io = TlsStream<BufReader<TcpStream>>;
+    type Io = TlsStream<BufReader<Metered>>;
 
     async fn connect(&self, key: &Key) -> Result<Self::Io, OfferError> {
         // Bounded by `Certificates` itself: it waits for a first certificate as long as limits::HOLD.
@@ -47,6 +52,7 @@ impl<E: Edge> Connector for Dialer<E> {
             }
             Err(_) => return Err(OfferError::TunnelTimeout),
         };
+        let tcp = Metered::new(tcp, Direction::Outbound, Arc::clone(&self.observer));
         let (reason, detail) = match timeout(limits::TLS_HANDSHAKE, handshake(settings, tcp, key.address)).await {
             Ok(Ok(tls)) => {
                 self.observer.handshake(Direction::Outbound, Ok(()));
@@ -58,13 +64,17 @@ impl<E: Edge> Connector for Dialer<E> {
         self.observer.handshake(Direction::Outbound, Err(reason));
         Err(OfferError::Tls { reason, detail: detail.into() })
     }
+
+    fn counts(&self) -> Arc<PoolCounts> {
+        Arc::clone(&self.counts)
+    }
 }
 
 async fn handshake(
     settings: Arc<rustls::ClientConfig>,
-    tcp: TcpStream,
+    tcp: Metered,
     peer: SocketAddr,
-) -> io::Result<TlsStream<BufReader<TcpStream>>> {
+) -> io::Result<TlsStream<BufReader<Metered>>> {
     let tcp = BufReader::with_capacity(limits::TLS_READ, tcp);
     let mut tls = TlsConnector::from(settings).connect(ServerName::from(peer.ip()), tcp).await?;
     tls.get_mut().1.set_buffer_limit(Some(limits::TLS_WRITE));

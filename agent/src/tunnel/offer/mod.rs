@@ -4,12 +4,14 @@
 //! workload that the snapshot names; a failure resets the client, and nothing falls back to plain.
 
 mod balance;
+mod counts;
 mod dialer;
 mod error;
 mod pool;
 mod request;
 mod route;
 
+pub use self::counts::{PoolCounts, PoolEnd};
 pub(super) use self::{
     dialer::Dialer,
     pool::{Key, Pool},
@@ -29,7 +31,7 @@ use self::{
     route::{Candidate, Route, Transport},
 };
 use super::{
-    Direction, End, Flow, Security,
+    Direction, End, Flow, Security, Trace,
     connections::Carried,
     edge::Edge,
     pod::Pod,
@@ -61,7 +63,7 @@ pub(super) async fn carry<E: Edge>(pod: &Pod<E>, tcp: TcpStream, client: SocketA
         destination_workload: None,
         destination_principal: None,
         destination_service: None,
-        trace_id: String::new(),
+        trace: None,
     };
     let route = match held_route(pod, &mut snapshot, &source, destination).await {
         Ok(route) => route,
@@ -131,7 +133,7 @@ fn describe<E: Edge>(pod: &Pod<E>, candidate: &Candidate, flow: &mut Flow) {
     let tunnel = candidate.transport == Transport::Tunnel;
     flow.security = if tunnel { Security::MutualTls } else { Security::None };
     flow.hbone_target = tunnel.then_some(candidate.address);
-    flow.trace_id = if tunnel { request::trace_id() } else { String::new() };
+    flow.trace = tunnel.then(|| Trace::begin(pod.shared.observer.sample()));
     flow.destination_workload.clone_from(&candidate.workload);
     let expected = candidate.workload.as_ref().filter(|_| tunnel);
     flow.destination_principal = expected.and_then(|workload| pod.identity(workload).ok());
@@ -159,7 +161,7 @@ async fn tunnel<E: Edge>(
         client,
         flow.destination_service.as_deref(),
         request::baggage(&pod.shared.cluster_id, source),
-        &flow.trace_id,
+        flow.trace.as_ref(),
     )
     .map_err(|_| OfferError::BadRequest)?;
     pod.pool.open(&key, &connect).await

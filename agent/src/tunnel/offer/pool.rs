@@ -8,7 +8,7 @@ use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -22,7 +22,12 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{dialer::Connector, error::OfferError, request::Connect};
+use super::{
+    counts::{PoolCounts, PoolEnd},
+    dialer::Connector,
+    error::OfferError,
+    request::Connect,
+};
 use crate::{
     identity::SpiffeId,
     life::limits,
@@ -64,6 +69,7 @@ pub(crate) struct Pool<C> {
 #[derive(Debug)]
 struct Peer {
     state: Mutex<State>,
+    counts: Arc<PoolCounts>,
     /// Told whenever a waiter may have reason to look again.
     changed: watch::Sender<()>,
 }
@@ -88,6 +94,10 @@ struct Tunnel {
     streams: AtomicUsize,
     /// Takes no new stream any more.
     closed: AtomicBool,
+    /// Had a stream.
+    used: AtomicBool,
+    /// Why the pool let go of it, where it did.
+    left: Arc<OnceLock<PoolEnd>>,
     idle_since: Mutex<Instant>,
     stalls: Stalls,
 }
@@ -107,6 +117,7 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
+        self.peer.counts.stream_released();
         if self.tunnel.streams.fetch_sub(1, Ordering::AcqRel) == 1 {
             *lock(&self.tunnel.idle_since) = Instant::now();
         }
@@ -123,7 +134,11 @@ impl Tunnel {
     }
 
     fn usable(&self) -> bool {
-        !self.closed.load(Ordering::Acquire) && self.born.elapsed() < limits::TUNNEL_AGE
+        let aged = self.born.elapsed() >= limits::TUNNEL_AGE;
+        if aged {
+            self.left.get_or_init(|| PoolEnd::Aged);
+        }
+        !self.closed.load(Ordering::Acquire) && !aged
     }
 
     fn idle_for(&self, time: Duration) -> bool {
@@ -183,8 +198,8 @@ impl State {
 }
 
 impl Peer {
-    fn new() -> Self {
-        Self { state: Mutex::default(), changed: watch::Sender::new(()) }
+    fn new(counts: Arc<PoolCounts>) -> Self {
+        Self { state: Mutex::default(), counts, changed: watch::Sender::new(()) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -194,6 +209,7 @@ impl Peer {
     /// Places a stream. To be called with the state locked, so that an idle connection is not closed meanwhile.
     fn place(self: &Arc<Self>, tunnel: Arc<Tunnel>) -> Slot {
         tunnel.streams.fetch_add(1, Ordering::AcqRel);
+        self.counts.stream_placed(tunnel.used.swap(true, Ordering::Relaxed));
         Slot { tunnel, peer: Arc::clone(self) }
     }
 
@@ -207,6 +223,7 @@ impl Peer {
         // Under the lock, so that no stream is placed on it meanwhile.
         let mut state = self.lock();
         if tunnel.idle_for(idle) || !tunnel.usable() {
+            tunnel.left.get_or_init(|| PoolEnd::Idle);
             tunnel.closed.store(true, Ordering::Release);
             state.tunnels.retain(|other| !Arc::ptr_eq(other, tunnel));
         }
@@ -215,9 +232,23 @@ impl Peer {
     fn retire(&self) {
         let mut state = self.lock();
         state.retired = true;
-        state.tunnels.clear();
+        for tunnel in state.tunnels.drain(..) {
+            tunnel.left.get_or_init(|| PoolEnd::Retired);
+        }
         drop(state);
         self.changed.send_replace(());
+    }
+}
+
+/// Counts a connection's end, however its task ends.
+struct Open {
+    counts: Arc<PoolCounts>,
+    left: Arc<OnceLock<PoolEnd>>,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.counts.connection_ended(self.left.get().copied().unwrap_or(PoolEnd::Peer));
     }
 }
 
@@ -246,7 +277,9 @@ impl Connecting {
         let mut state = self.peer.lock();
         state.connecting -= 1;
         match result {
-            Ok(_) if state.retired => {}
+            Ok(tunnel) if state.retired => {
+                tunnel.left.get_or_init(|| PoolEnd::Retired);
+            }
             Ok(tunnel) => state.tunnels.push(tunnel),
             Err(error) => {
                 state.failures += 1;
@@ -334,7 +367,7 @@ impl<C: Connector> Pool<C> {
     }
 
     fn peer(&self, key: &Key) -> Arc<Peer> {
-        Arc::clone(lock(&self.peers).entry(key.clone()).or_insert_with(|| Arc::new(Peer::new())))
+        Arc::clone(lock(&self.peers).entry(key.clone()).or_insert_with(|| Arc::new(Peer::new(self.connector.counts()))))
     }
 
     async fn slot(&self, key: &Key) -> Result<Slot, OfferError> {
@@ -388,8 +421,10 @@ impl<C: Connector> Pool<C> {
             match establish(&connector, &key).await {
                 Ok((tunnel, connection)) => {
                     let weak = Arc::downgrade(&tunnel);
+                    let open = Open { counts: Arc::clone(&peer.counts), left: Arc::clone(&tunnel.left) };
+                    open.counts.connection_opened();
                     connecting.finish(Ok(tunnel));
-                    drive(connection, weak, &peer).await;
+                    drive(connection, weak, &peer, &open.left).await;
                 }
                 Err(error) => connecting.finish(Err(error)),
             }
@@ -427,6 +462,8 @@ async fn establish<C: Connector>(connector: &C, key: &Key) -> Result<Driven<C>, 
         born: now,
         streams: AtomicUsize::new(0),
         closed: AtomicBool::new(false),
+        used: AtomicBool::new(false),
+        left: Arc::default(),
         idle_since: Mutex::new(now),
         stalls: Stalls::default(),
     };
@@ -434,15 +471,25 @@ async fn establish<C: Connector>(connector: &C, key: &Key) -> Result<Driven<C>, 
 }
 
 /// Moves a connection's frames until it ends: by the peer, by silence, or by being idle and no longer wanted.
-async fn drive<T>(mut connection: h2::client::Connection<T, Bytes>, tunnel: Weak<Tunnel>, peer: &Arc<Peer>)
-where
+async fn drive<T>(
+    mut connection: h2::client::Connection<T, Bytes>,
+    tunnel: Weak<Tunnel>,
+    peer: &Arc<Peer>,
+    left: &OnceLock<PoolEnd>,
+) where
     T: AsyncRead + AsyncWrite + Unpin,
 {
     let pings = connection.ping_pong();
     let ended = tokio::select! {
         biased;
-        ended = connection => ended.err().map(|error| error.to_string()),
-        () = http2::until_dead(pings) => Some("the peer does not answer pings".to_owned()),
+        ended = connection => ended.err().map(|error| {
+            left.get_or_init(|| PoolEnd::Broken);
+            error.to_string()
+        }),
+        () = http2::until_dead(pings) => {
+            left.get_or_init(|| PoolEnd::Silent);
+            Some("the peer does not answer pings".to_owned())
+        }
         // Never ends: it lets go of the connection, which then ends by itself.
         () = release_when_idle(&tunnel, peer) => None,
     };

@@ -4,7 +4,10 @@ use std::{fmt::Write, net::SocketAddr};
 
 use http::{HeaderValue, Method, Request, Uri, header::HeaderName};
 
-use crate::cluster::{Service, Workload};
+use crate::{
+    cluster::{Service, Workload},
+    tunnel::Trace,
+};
 
 pub(crate) const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
 pub(crate) const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
@@ -20,15 +23,15 @@ pub(crate) struct Connect {
 }
 
 impl Connect {
-    /// `target` is the chosen pod's address; `client` the app's own; `trace_id` 32 hex digits.
+    /// `target` is the chosen pod's address; `client` the app's own; `trace` this side's span.
     pub fn new(
         target: SocketAddr,
         client: SocketAddr,
         service: Option<&Service>,
         baggage: Option<HeaderValue>,
-        trace_id: &str,
+        trace: Option<&Trace>,
     ) -> Result<Self, http::Error> {
-        let traceparent = HeaderValue::try_from(format!("00-{trace_id}-{:016x}-00", fastrand::u64(1..))).ok();
+        let traceparent = trace.and_then(|trace| HeaderValue::try_from(trace.traceparent()).ok());
         Ok(Self {
             uri: Uri::builder().authority(target.to_string()).build()?,
             forwarded: HeaderValue::try_from(forwarded(client, service))?,
@@ -51,11 +54,6 @@ impl Connect {
         }
         request
     }
-}
-
-/// A fresh trace id: 32 hex digits, not all zero (W3C Trace Context §3.2.2.3).
-pub(crate) fn trace_id() -> String {
-    format!("{:032x}", fastrand::u128(1..))
 }
 
 /// RFC 7239; the address is quoted because of its colon.
@@ -134,13 +132,13 @@ mod tests {
             ports: vec![],
             endpoints: vec![],
         };
-        let trace = trace_id();
+        let trace = Trace::begin(true);
         let connect = Connect::new(
             "[fd00::2]:8080".parse().unwrap(),
             "10.0.0.1:4000".parse().unwrap(),
             Some(&service),
             baggage("east 1", &source),
-            &trace,
+            Some(&trace),
         );
         let request = connect.unwrap().request();
         assert_eq!(request.method(), Method::CONNECT);
@@ -153,11 +151,7 @@ mod tests {
             "k8s.cluster.name=east%201,k8s.namespace.name=default,k8s.deployment.name=cart,service.name=cart,\
              service.version=v1%2C2"
         );
-        let traceparent = header(TRACEPARENT);
-        let parts: Vec<&str> = traceparent.split('-').collect();
-        assert_eq!(parts.iter().map(|part| part.len()).collect::<Vec<_>>(), [2, 32, 16, 2]);
-        assert_eq!((parts[0], parts[1], parts[3]), ("00", trace.as_str(), "00"));
-        assert!(traceparent.bytes().all(|b| b == b'-' || b.is_ascii_digit() || (b'a'..=b'f').contains(&b)));
+        assert_eq!(header(TRACEPARENT), trace.traceparent());
     }
 
     #[test]

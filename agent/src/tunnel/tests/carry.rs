@@ -96,7 +96,8 @@ async fn sixty_four_mebibytes_arrive_both_ways_at_once() {
         assert_eq!(served.registry.count(), 0);
     }
     let (a, b) = (&world.a.told(1).await[0].flow, &world.b.told(1).await[0].flow);
-    assert_eq!((a.trace_id.len(), &a.trace_id), (32, &b.trace_id));
+    let (offered, answered) = (a.trace.unwrap(), b.trace.unwrap());
+    assert_eq!((answered.trace_id, answered.parent), (offered.trace_id, Some(offered.span_id)));
     assert_eq!(b.source_workload.as_ref().unwrap().uid, world.a.record.uid);
 }
 

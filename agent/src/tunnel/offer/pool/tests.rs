@@ -91,7 +91,7 @@ fn key(uid: &str) -> Key {
 }
 
 fn connect() -> Connect {
-    Connect::new("10.0.0.2:80".parse().unwrap(), "10.0.0.1:4000".parse().unwrap(), None, None, "00").unwrap()
+    Connect::new("10.0.0.2:80".parse().unwrap(), "10.0.0.1:4000".parse().unwrap(), None, None, None).unwrap()
 }
 
 #[tokio::test]
