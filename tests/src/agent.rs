@@ -238,10 +238,15 @@ impl Agent {
     }
 
     pub fn metrics(&self) -> Result<Scrape> {
+        Ok(Scrape::parse(&self.metrics_text()?))
+    }
+
+    /// What `/metrics` answers.
+    pub fn metrics_text(&self) -> Result<String> {
         let address = (Ipv4Addr::LOCALHOST, Self::METRICS).into();
         let (status, text) = http::get(&self.netns, address, "/metrics")?;
         anyhow::ensure!(status == 200, "/metrics: {status}");
-        Ok(Scrape::parse(&text))
+        Ok(text)
     }
 
     /// Connections that it opened and that carry these labels.

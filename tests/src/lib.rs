@@ -45,7 +45,7 @@ pub use node::Node;
 pub use pod::Pod;
 pub use reports::Who;
 pub use service::{Backend, Service};
-pub use skip::{cannot_run, skip};
+pub use skip::{cannot_run, not_installed, skip};
 pub use state::{leftovers, sweep, sweep_kept};
 pub use wait::until;
 

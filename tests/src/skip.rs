@@ -15,10 +15,30 @@ macro_rules! needs_root {
     };
 }
 
+/// Ends the test that it stands in, with a note, where a program is not installed.
+#[macro_export]
+macro_rules! needs_program {
+    ($program:expr) => {
+        if let Some(why) = $crate::not_installed($program) {
+            fn here() {}
+            $crate::skip(std::any::type_name_of_val(&here).trim_end_matches("::here"), &why);
+            return Ok(());
+        }
+    };
+}
+
 /// Why no lab can run here, where that is so.
 #[must_use]
 pub fn cannot_run() -> Option<String> {
     (!nix::unistd::geteuid().is_root()).then(|| "needs root".to_owned())
+}
+
+/// That a program is not among those of `PATH`, where that is so.
+#[must_use]
+pub fn not_installed(program: &str) -> Option<String> {
+    let folders = env::var_os("PATH").unwrap_or_default();
+    let found = env::split_paths(&folders).any(|folder| folder.join(program).is_file());
+    (!found).then(|| format!("needs {program}, which `cargo xtask test` installs"))
 }
 
 /// Notes that `test` did not run: on stdout, and in the file that `HEDDLE_SKIPS` names.

@@ -1,8 +1,14 @@
 //! Do metrics, access log and status say what happened?
 
-use std::time::Duration;
+use std::{
+    io::Write,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
-use heddle_lab::{Lab, Pod, Result, needs_root, until};
+use anyhow::Context;
+use heddle_lab::{Lab, Pod, Result, needs_program, needs_root, until};
+use serde_json::json;
 
 /// What the metrics carry, in Istio's words.
 const LABELS: [&str; 23] = [
@@ -75,6 +81,111 @@ fn metrics_carry_every_label_and_the_bytes_that_the_apps_sent() -> Result {
             assert_eq!(labels.get(label).map(String::as_str), Some(value), "{label}");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn promtool_has_nothing_to_say_about_a_live_scrape() -> Result {
+    needs_root!();
+    needs_program!("promtool");
+    let (lab, client, server) = stage(&["echo:7000"])?;
+    let plain = lab.pod("shop", "outsider").outside_the_mesh().start()?;
+    lab.authorize(
+        "shop",
+        "no-7001",
+        &json!({"action": "DENY", "rules": [{"to": [{"operation": {"ports": ["7001"]}}]}]}),
+    )?;
+    // Something of everything: a tunnel, plaintext, a denial, a failure.
+    assert_eq!(client.connect(server.at(7000)).say("x").with("--expect", 1).run()?.error, None);
+    assert_eq!(plain.connect(server.at(7000)).say("x").with("--expect", 1).run()?.error, None);
+    for port in [7001, 7999] {
+        client.connect(server.at(port)).say("x").with("--expect", 1).run()?;
+    }
+    for node in [1, 2] {
+        let agent = lab.agent(node)?;
+        until(Duration::from_secs(10), "a tunnel's health", || {
+            agent.metrics().ok().filter(|scrape| scrape.has("istio_tcp_connections_failed_total"))
+        })?;
+        let text = agent.metrics_text()?;
+        let checked = promtool(&text)?;
+        assert!(checked.is_empty(), "node {node}: {checked}\n{text}");
+    }
+    Ok(())
+}
+
+/// What `promtool check metrics` complains of; empty when it is content.
+fn promtool(text: &str) -> Result<String> {
+    let mut check = Command::new("promtool")
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    check.stdin.take().context("a pipe")?.write_all(text.as_bytes())?;
+    let output = check.wait_with_output()?;
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).trim().to_owned();
+    Ok(if output.status.success() { said } else { format!("{}: {said}", output.status) })
+}
+
+#[test]
+fn encrypted_bytes_pool_and_tcp_health_are_in_the_metrics() -> Result {
+    needs_root!();
+    let (lab, client, server) = stage(&["echo:7000"])?;
+    const BYTES: u64 = 4 << 20;
+    let seen = client.transfer(server.at(7000), BYTES).run()?;
+    assert_eq!((seen.error, seen.received), (None, BYTES));
+    let (mut held, _) = client.hold(server.at(7000), 2).open()?;
+    for (node, direction) in [(1, "outbound"), (2, "inbound")] {
+        let agent = lab.agent(node)?;
+        let mine = [("direction", direction)];
+        // TCP is asked once a second, when the tunnel sends something.
+        let scrape = until(Duration::from_secs(20), "a sample of TCP's health", || {
+            held.check().ok()?;
+            let scrape = agent.metrics().ok()?;
+            (scrape.sum("heddle_tunnel_tcp_rtt_seconds_count", &mine) >= 1.0).then_some(scrape)
+        })?;
+        let rtt = scrape.sum("heddle_tunnel_tcp_rtt_seconds_sum", &mine);
+        assert!(rtt > 0.0 && rtt < 60.0, "{rtt}");
+        assert!(scrape.sum("heddle_tunnel_tcp_segments_total", &mine) > 0.0);
+        assert!(scrape.has("heddle_tunnel_tcp_retransmissions_total") && scrape.has("heddle_tunnel_tcp_lost_segments"));
+        for towards in ["server", "client"] {
+            let way = [("direction", direction), ("towards", towards)];
+            let (wire, app) =
+                (scrape.sum("heddle_tunnel_bytes_total", &way), scrape.sum("heddle_app_bytes_total", &way));
+            assert!(app >= BYTES as f64 && wire > app && wire < app * 1.1 + 100_000.0, "{towards}: {wire} of {app}");
+        }
+        assert!(scrape.sum("heddle_tunnels_open", &mine) >= 1.0);
+    }
+    let scrape = lab.agent(1)?.metrics()?;
+    assert!(scrape.sum("heddle_pool_connections_open", &[]) >= 1.0);
+    assert_eq!(scrape.sum("heddle_pool_streams_open", &[]), 2.0);
+    assert_eq!(scrape.sum("heddle_pool_streams_total", &[]), 3.0);
+    assert!(scrape.sum("heddle_pool_streams_total", &[("connection", "reused")]) >= 1.0);
+    assert_eq!(scrape.sum("istio_tcp_sockets_open", &[("reporter", "source")]), 2.0);
+    for name in ["process_open_fds", "process_max_fds", "process_resident_memory_bytes", "tokio_num_alive_tasks"] {
+        assert!(scrape.sum(name, &[]) > 0.0, "{name}");
+    }
+    held.close()
+}
+
+#[test]
+fn a_dry_run_policy_is_counted_and_logged_and_decides_nothing() -> Result {
+    needs_root!();
+    let (lab, client, server) = stage(&["echo:7000"])?;
+    let mut policy =
+        heddle_lab::manifests::authorization_policy("shop", "trial", &json!({"action": "DENY", "rules": [{}]}));
+    policy["metadata"]["annotations"] = json!({"istio.io/dry-run": "true"});
+    lab.manifests().apply(&policy)?;
+    let agent = lab.agent(2)?;
+    let matched = [("policy", "shop/trial"), ("action", "deny")];
+    until(Duration::from_secs(10), "the rehearsal to be counted", || {
+        let seen = client.connect(server.at(7000)).say("x").with("--expect", 1).run().ok()?;
+        assert_eq!(seen.error, None, "it decides nothing");
+        (agent.metrics().ok()?.sum("heddle_dry_run_total", &matched) >= 1.0).then_some(())
+    })?;
+    agent.wait_log("Dry-run policy matches")?;
+    assert_eq!(agent.metrics()?.sum("heddle_denied_total", &[]), 0.0);
     Ok(())
 }
 

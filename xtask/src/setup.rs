@@ -7,13 +7,14 @@ use anyhow::{Context, Result, ensure};
 use crate::console::{is_root, show};
 
 /// A program and the Debian package that has it.
-const PROGRAMS: [(&str, &str); 6] = [
+const PROGRAMS: [(&str, &str); 7] = [
     ("ip", "iproute2"),
     ("tcpdump", "tcpdump"),
     ("nft", "nftables"),
     ("nginx", "nginx-light"),
     ("curl", "curl"),
     ("bpftool", "bpftool"),
+    ("promtool", "prometheus"),
 ];
 
 /// Makes sure that every program is there. As another user than root it only says what is missing.

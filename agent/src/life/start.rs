@@ -267,7 +267,10 @@ impl Known {
             pods: Box::new(move || Self::pods(&capture, &pods)),
             certificates: Box::new(move || certificates.certificates.list()),
             manifest_problems: Box::new(move || problems.borrow().len()),
-            policy_problems: Box::new(move || rules.rules.load().problems().len()),
+            policy_problems: Box::new(move || {
+                rules.rules.load().problems().iter().map(|problem| (problem.kind, problem.effect)).collect()
+            }),
+            pool: Arc::clone(self.context.registry.pool()),
         }
     }
 

@@ -23,9 +23,17 @@ pub(super) fn label(name: &str, value: &str) -> LabelPair {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "Prometheus samples are f64; exact to 2^53")]
+pub(super) fn as_f64(value: u64) -> f64 {
+    value as f64
+}
+
 pub(super) fn counter(labels: Vec<LabelPair>, value: u64) -> Metric {
+    counter_f64(labels, as_f64(value))
+}
+
+pub(super) fn counter_f64(labels: Vec<LabelPair>, value: f64) -> Metric {
     let mut counter = Counter::default();
-    counter.set_value(value as f64);
+    counter.set_value(value);
     let mut metric = Metric::from_label(labels);
     metric.set_counter(counter);
     metric

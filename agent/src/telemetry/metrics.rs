@@ -3,26 +3,30 @@
 //! Nothing here blocks the data plane: stages are asked through [`Sources`], events only add to counters.
 
 use std::{
+    collections::{HashMap, HashSet},
     fmt,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use prometheus::{
-    IntCounterVec, Opts, Registry, TextEncoder,
+    IntCounter, IntCounterVec, Opts, Registry, TextEncoder,
     proto::{MetricFamily, MetricType},
 };
 
 use super::{
-    families::{counter, family, gauge, label},
+    families::{as_f64, counter, family, gauge, label},
     pods::{PodReport, named},
+    process,
     traffic::Traffic,
+    tunnels::Tunnels,
 };
 use crate::{
+    cluster::PolicyKind,
     identity::CertificateStatus,
     life::limits,
-    policy::Denial,
-    tunnel::{Connection, Direction, Security},
+    policy::{Action, Denial, Effect, Rehearsal},
+    tunnel::{Connection, Direction, PoolCounts, Security},
 };
 
 /// Where a scrape reads what other stages know right now.
@@ -32,8 +36,10 @@ pub struct Sources {
     pub certificates: Box<dyn Fn() -> Vec<CertificateStatus> + Send + Sync>,
     /// Manifest objects that are not in force as written.
     pub manifest_problems: Box<dyn Fn() -> usize + Send + Sync>,
-    /// Policies that can't be enforced as written.
-    pub policy_problems: Box<dyn Fn() -> usize + Send + Sync>,
+    /// Kind and effect of every policy, or part of one, that is not enforced as written.
+    pub policy_problems: Box<dyn Fn() -> Vec<(PolicyKind, Effect)> + Send + Sync>,
+    /// What the pods' pools of tunnels count.
+    pub pool: Arc<PoolCounts>,
 }
 
 impl fmt::Debug for Sources {
@@ -49,8 +55,14 @@ pub(super) struct Metrics {
     pub traffic: Traffic,
     handshakes: IntCounterVec,
     denied: IntCounterVec,
+    rehearsed: IntCounterVec,
+    pub tunnels: Tunnels,
+    pub served: IntCounter,
+    pub left: IntCounter,
     /// Pairs of reason and policy seen, to keep `denied` within its cap.
-    denials: std::sync::Mutex<std::collections::HashSet<(&'static str, Arc<str>)>>,
+    denials: Mutex<HashSet<(&'static str, Arc<str>)>>,
+    /// The same for `rehearsed`, with the time when each was last logged.
+    rehearsals: Mutex<HashMap<(&'static str, Arc<str>), Instant>>,
 }
 
 impl Metrics {
@@ -65,11 +77,37 @@ impl Metrics {
             Opts::new("heddle_denied_total", "Connections that policy refused or closed, by reason and policy."),
             &["reason", "policy"],
         )?;
+        let rehearsed = IntCounterVec::new(
+            Opts::new("heddle_dry_run_total", "Connections that a dry-run policy matched; it decides nothing."),
+            &["policy", "action"],
+        )?;
+        let served = IntCounter::new("workload_manager_proxies_started_total", "Pods whose listener was served.")?;
+        let left = IntCounter::new(
+            "workload_manager_proxies_stopped_total",
+            "Pods whose listener was served and is no more.",
+        )?;
         let registry = Registry::new();
+        process::register(&registry)?;
+        for counter in [&served, &left] {
+            registry.register(Box::new(counter.clone()))?;
+        }
+        registry.register(Box::new(rehearsed.clone()))?;
+        let tunnels = Tunnels::new(&registry)?;
         registry.register(Box::new(handshakes.clone()))?;
         registry.register(Box::new(denied.clone()))?;
         let traffic = Traffic::new(cluster, limits::METRIC_SERIES);
-        Ok(Self { registry, traffic, handshakes, denied, denials: std::sync::Mutex::default() })
+        Ok(Self {
+            registry,
+            traffic,
+            handshakes,
+            denied,
+            rehearsed,
+            tunnels,
+            served,
+            left,
+            denials: Mutex::default(),
+            rehearsals: Mutex::default(),
+        })
     }
 
     pub fn handshake(&self, direction: Direction, result: Result<(), &'static str>) {
@@ -79,11 +117,29 @@ impl Metrics {
 
     pub fn denied(&self, denial: &Denial) {
         let policy = denial.policy().cloned().unwrap_or_default();
-        let mut seen = self.denials.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut seen = self.denials.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (denial.reason(), policy);
         let fits = seen.contains(&key) || seen.len() < limits::METRIC_DENIALS && seen.insert(key.clone());
         drop(seen);
         self.denied.with_label_values(&[key.0, if fits { &*key.1 } else { "overflow" }]).inc();
+    }
+
+    /// Counts what a dry-run policy would have done. Whether it is to be logged too.
+    pub fn rehearsed(&self, rehearsal: &Rehearsal, now: Instant) -> bool {
+        let action = action_name(rehearsal.action);
+        let key = (action, Arc::clone(&rehearsal.policy));
+        let mut seen = self.rehearsals.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = seen.contains_key(&key) || seen.len() < limits::METRIC_DENIALS;
+        let due = match seen.get(&key) {
+            Some(logged) => now.duration_since(*logged) >= limits::DRY_RUN_LOG,
+            None => fits,
+        };
+        if due {
+            seen.insert(key, now);
+        }
+        drop(seen);
+        self.rehearsed.with_label_values(&[if fits { &*rehearsal.policy } else { "overflow" }, action]).inc();
+        due
     }
 
     /// The exposition in Prometheus' text format 0.0.4.
@@ -95,7 +151,10 @@ impl Metrics {
         let mut families = self.registry.gather();
         families.extend(self.traffic.families());
         families.extend(pod_families(&(sources.pods)()));
-        families.extend(self.open_family());
+        families.extend(self.open_families());
+        families.extend(self.tunnels.families(&sources.pool));
+        families.extend(process::runtime_families());
+        families.extend(policy_family(&(sources.policy_problems)()));
         families.extend(certificate_family(&(sources.certificates)()));
         families.extend(build_families());
         let single = [
@@ -112,10 +171,16 @@ impl Metrics {
                 (sources.manifest_problems)() as u64,
             ),
             (
-                "heddle_policy_problems",
-                "Policies that can't be enforced as written, and so deny.",
+                "heddle_metric_series_overflow_total",
+                "Events of connections that count under the label value overflow, as the table of label sets was full.",
+                MetricType::COUNTER,
+                self.traffic.overflowed(),
+            ),
+            (
+                "heddle_pods_served",
+                "Pods of this node whose connections the agent takes.",
                 MetricType::GAUGE,
-                (sources.policy_problems)() as u64,
+                self.served.get().saturating_sub(self.left.get()),
             ),
         ];
         families.extend(single.into_iter().filter_map(|(name, help, kind, value)| {
@@ -129,17 +194,51 @@ impl Metrics {
         TextEncoder::new().encode_to_string(&families)
     }
 
-    fn open_family(&self) -> Option<MetricFamily> {
+    fn open_families(&self) -> impl Iterator<Item = MetricFamily> + use<> {
         let open = self.traffic.open();
+        let carried = self.traffic.carried();
         let every = [Direction::Inbound, Direction::Outbound]
             .into_iter()
             .flat_map(|direction| [Security::MutualTls, Security::None].map(|security| (direction, security)));
-        let rows = every.map(|(direction, security)| {
+        let rows = every.clone().map(|(direction, security)| {
             let labels =
                 vec![label("direction", direction_name(direction)), label("security", security_name(security))];
             gauge(labels, as_f64(open.get(&(direction, security)).copied().unwrap_or_default() as u64))
         });
-        family("heddle_connections_open", "Connections that the agent carries.", MetricType::GAUGE, rows.collect())
+        let of = |direction| {
+            [Security::MutualTls, Security::None].map(|security| open.get(&(direction, security)).copied()).into_iter()
+        };
+        let sockets = [("source", Direction::Outbound), ("destination", Direction::Inbound)].map(|(reporter, side)| {
+            let count: usize = of(side).flatten().sum();
+            gauge(vec![label("reporter", reporter)], as_f64(count as u64))
+        });
+        let bytes = every.clone().flat_map(|(direction, security)| {
+            let (to_server, to_client) = carried.get(&(direction, security)).copied().unwrap_or_default();
+            [("server", to_server), ("client", to_client)].map(|(towards, value)| {
+                let (direction, security) = (direction_name(direction), security_name(security));
+                let labels =
+                    vec![label("direction", direction), label("security", security), label("towards", towards)];
+                counter(labels, value)
+            })
+        });
+        let bytes = bytes.collect();
+        [
+            family("heddle_connections_open", "Connections that the agent carries.", MetricType::GAUGE, rows.collect()),
+            family(
+                "heddle_app_bytes_total",
+                "Plain bytes of apps; security tells how they went between the nodes.",
+                MetricType::COUNTER,
+                bytes,
+            ),
+            family(
+                "istio_tcp_sockets_open",
+                "Connections of apps that are carried, by the side that reports.",
+                MetricType::GAUGE,
+                sockets.to_vec(),
+            ),
+        ]
+        .into_iter()
+        .flatten()
     }
 }
 
@@ -204,6 +303,19 @@ fn certificate_family(certificates: &[CertificateStatus]) -> Option<MetricFamily
     family("heddle_certificate_expiry_timestamp_seconds", help, MetricType::GAUGE, rows.collect())
 }
 
+/// A row per kind and effect, zeros included, so that an alert has something to compare.
+fn policy_family(problems: &[(PolicyKind, Effect)]) -> Option<MetricFamily> {
+    let kinds = [PolicyKind::AuthorizationPolicy, PolicyKind::PeerAuthentication];
+    let effects = [Effect::Denies, Effect::RefusesPlaintext, Effect::Nothing];
+    let every = kinds.into_iter().flat_map(|kind| effects.map(|effect| (kind, effect)));
+    let rows = every.map(|(kind, effect)| {
+        let count = problems.iter().filter(|problem| **problem == (kind, effect)).count();
+        gauge(vec![label("kind", kind.as_str()), label("effect", effect.as_str())], as_f64(count as u64))
+    });
+    let help = "Policies, or parts of them, that are not enforced as written, by what that does to connections.";
+    family("heddle_policy_problems", help, MetricType::GAUGE, rows.collect())
+}
+
 fn build_families() -> impl Iterator<Item = MetricFamily> {
     let version = env!("CARGO_PKG_VERSION");
     let istio = vec![label("component", "heddle"), label("tag", version)];
@@ -225,17 +337,20 @@ fn build_families() -> impl Iterator<Item = MetricFamily> {
     .flatten()
 }
 
-#[expect(clippy::cast_precision_loss, reason = "Prometheus samples are f64; exact to 2^53")]
-fn as_f64(value: u64) -> f64 {
-    value as f64
-}
-
 /// `inbound` or `outbound`.
 #[must_use]
 pub fn direction_name(direction: Direction) -> &'static str {
     match direction {
         Direction::Inbound => "inbound",
         Direction::Outbound => "outbound",
+    }
+}
+
+/// `allow` or `deny`.
+pub(super) fn action_name(action: Action) -> &'static str {
+    match action {
+        Action::Allow => "allow",
+        Action::Deny => "deny",
     }
 }
 

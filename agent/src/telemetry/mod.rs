@@ -7,9 +7,11 @@ mod families;
 mod labels;
 mod metrics;
 mod pods;
+mod process;
 #[cfg(test)]
 mod tests;
 mod traffic;
+mod tunnels;
 
 use std::{
     collections::HashSet,
@@ -22,9 +24,11 @@ pub use metrics::{Sources, direction_name, seconds_until, security_name};
 pub use pods::{PodReport, named};
 
 use crate::{
+    capture::TcpHealth,
     cluster::Snapshot,
     life::limits,
-    tunnel::{Connection, Direction, End, Flow, Observer},
+    policy::Rehearsal,
+    tunnel::{Connection, Direction, End, Flow, Observer, Wire},
 };
 
 /// Why telemetry could not start, or a scrape could not be answered.
@@ -106,5 +110,39 @@ impl Observer for Telemetry {
 
     fn handshake(&self, direction: Direction, result: Result<(), &'static str>) {
         self.metrics.handshake(direction, result);
+    }
+
+    fn rehearsed(&self, connection: &Connection, rehearsal: &Rehearsal) {
+        if self.metrics.rehearsed(rehearsal, Instant::now()) {
+            let flow = &connection.flow;
+            tracing::info!(
+                policy = %rehearsal.policy,
+                action = metrics::action_name(rehearsal.action),
+                source = %flow.source,
+                identity = flow.source_principal.as_ref().map_or("", |id| id.as_str()),
+                destination = %flow.hbone_target.unwrap_or(flow.destination),
+                "Dry-run policy matches"
+            );
+        }
+    }
+
+    fn wire_opened(&self, wire: &Arc<Wire>) {
+        self.metrics.tunnels.opened(wire);
+    }
+
+    fn wire_health(&self, wire: &Wire, health: Option<TcpHealth>) {
+        self.metrics.tunnels.health(wire, health);
+    }
+
+    fn wire_closed(&self, wire: &Wire, health: Option<TcpHealth>) {
+        self.metrics.tunnels.closed(wire, health);
+    }
+
+    fn pod_served(&self) {
+        self.metrics.served.inc();
+    }
+
+    fn pod_left(&self) {
+        self.metrics.left.inc();
     }
 }

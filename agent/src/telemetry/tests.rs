@@ -19,11 +19,11 @@ use super::{
     traffic::{NO_FLAGS, Traffic},
 };
 use crate::{
-    capture::PodState,
-    cluster::{Naming, Service, Unattended, Workload},
+    capture::{PodState, TcpHealth},
+    cluster::{Naming, PolicyKind, Service, Unattended, Workload},
     identity::CertificateStatus,
-    policy::Denial,
-    tunnel::{Connection, Direction, End, Flow, Observer, Security, Trace},
+    policy::{Action, Denial, Effect, Rehearsal},
+    tunnel::{Connection, Direction, End, Flow, Observer, Security, Trace, Wire},
 };
 
 fn workload(name: &str) -> Arc<Workload> {
@@ -315,7 +315,8 @@ fn sources(live: Vec<Arc<Connection>>) -> Sources {
             }]
         }),
         manifest_problems: Box::new(|| 2),
-        policy_problems: Box::new(|| 3),
+        policy_problems: Box::new(|| vec![(PolicyKind::AuthorizationPolicy, Effect::Denies); 3]),
+        pool: Arc::default(),
     }
 }
 
@@ -329,6 +330,9 @@ fn a_scrape_tells_what_every_stage_knows() {
     metrics.handshake(Direction::Outbound, Ok(()));
     metrics.denied(&Denial::Explicit { policy: "shop/deny".into() });
     metrics.denied(&Denial::NotAllowed);
+    let rehearsal = Rehearsal { policy: "shop/trial".into(), action: Action::Deny };
+    let now = Instant::now();
+    assert_eq!([metrics.rehearsed(&rehearsal, now), metrics.rehearsed(&rehearsal, now)], [true, false]);
     let text = metrics.scrape(&sources(vec![live]), 4, Instant::now()).unwrap();
     for line in [
         "# TYPE istio_tcp_sent_bytes_total counter",
@@ -347,7 +351,15 @@ fn a_scrape_tells_what_every_stage_knows() {
         "heddle_connections_open{direction=\"outbound\",security=\"none\"} 0",
         "heddle_log_lines_dropped_total 4",
         "heddle_manifest_problems 2",
-        "heddle_policy_problems 3",
+        "heddle_policy_problems{kind=\"AuthorizationPolicy\",effect=\"denies\"} 3",
+        "heddle_policy_problems{kind=\"PeerAuthentication\",effect=\"refuses_plaintext\"} 0",
+        "heddle_app_bytes_total{direction=\"inbound\",security=\"mutual_tls\",towards=\"server\"} 5",
+        "heddle_app_bytes_total{direction=\"inbound\",security=\"mutual_tls\",towards=\"client\"} 6",
+        "istio_tcp_sockets_open{reporter=\"destination\"} 1",
+        "heddle_metric_series_overflow_total 0",
+        "heddle_dry_run_total{action=\"deny\",policy=\"shop/trial\"} 2",
+        "heddle_tunnel_bytes_total{direction=\"outbound\",towards=\"server\"} 0",
+        "heddle_pool_connections_closed_total{reason=\"idle\"} 0",
         concat!("istio_build{component=\"heddle\",tag=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
     ] {
         assert!(text.lines().any(|have| have == line), "{line} is not in\n{text}");
@@ -355,6 +367,46 @@ fn a_scrape_tells_what_every_stage_knows() {
     let names: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).collect();
     let unique: HashSet<_> = names.iter().collect();
     assert_eq!(names.len(), unique.len(), "each family is announced once");
+}
+
+#[test]
+fn a_tunnels_bytes_and_health_are_counted_once_whatever_the_order_of_scrape_and_end() {
+    let metrics = Metrics::new("Kubernetes".into()).unwrap();
+    let line = |text: &str, name: &str| {
+        let found = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok());
+        found.unwrap_or_else(|| panic!("{name} is not in\n{text}"))
+    };
+    let (out, into) = (Arc::new(Wire::new(Direction::Outbound)), Arc::new(Wire::new(Direction::Inbound)));
+    let health = |segments, retransmitted, lost| Some(TcpHealth { rtt: 2_000, segments, retransmitted, lost });
+    metrics.tunnels.opened(&out);
+    metrics.tunnels.opened(&into);
+    out.sent(100);
+    out.received(7);
+    into.received(50);
+    metrics.tunnels.health(&out, health(u32::MAX - 1, 3, 2));
+    let text = metrics.scrape(&sources(vec![]), 0, Instant::now()).unwrap();
+    assert_eq!(line(&text, "heddle_tunnels_open{direction=\"outbound\"}"), 1.0);
+    assert_eq!(line(&text, "heddle_tunnel_tcp_lost_segments{direction=\"outbound\"}"), 2.0);
+    out.sent(11);
+    // The kernel's counter has wrapped: three segments more.
+    metrics.tunnels.closed(&out, health(1, 4, 0));
+    metrics.tunnels.closed(&out, health(1, 4, 0));
+    for _ in 0..2 {
+        let text = metrics.scrape(&sources(vec![]), 0, Instant::now()).unwrap();
+        for (name, value) in [
+            ("heddle_tunnel_bytes_total{direction=\"outbound\",towards=\"server\"}", 111.0),
+            ("heddle_tunnel_bytes_total{direction=\"outbound\",towards=\"client\"}", 7.0),
+            ("heddle_tunnel_bytes_total{direction=\"inbound\",towards=\"server\"}", 50.0),
+            ("heddle_tunnel_bytes_total{direction=\"inbound\",towards=\"client\"}", 0.0),
+            ("heddle_tunnel_tcp_segments_total{direction=\"outbound\"}", f64::from(u32::MAX) + 2.0),
+            ("heddle_tunnel_tcp_retransmissions_total{direction=\"outbound\"}", 4.0),
+            ("heddle_tunnel_tcp_lost_segments{direction=\"outbound\"}", 0.0),
+            ("heddle_tunnels_open{direction=\"outbound\"}", 0.0),
+            ("heddle_tunnels_open{direction=\"inbound\"}", 1.0),
+        ] {
+            assert_eq!(line(&text, name), value, "{name}");
+        }
+    }
 }
 
 #[test]

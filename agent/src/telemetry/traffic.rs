@@ -45,6 +45,9 @@ pub(super) struct Traffic {
 struct Table {
     sets: HashMap<Arc<Labels>, Counts>,
     live: HashMap<u64, Live>,
+    carried: Carried,
+    /// Events that counted under overflow.
+    overflowed: u64,
     /// Exposed lines of all sets but the overflow ones.
     lines: usize,
 }
@@ -72,6 +75,9 @@ struct Live {
 
 /// How many connections are open.
 pub(super) type Open = HashMap<(Direction, Security), usize>;
+
+/// Bytes towards the server and towards the client, of all connections there were.
+pub(super) type Carried = HashMap<(Direction, Security), (u64, u64)>;
 
 impl Traffic {
     pub fn new(cluster: Arc<str>, capacity: usize) -> Self {
@@ -159,6 +165,14 @@ impl Traffic {
         open
     }
 
+    pub fn carried(&self) -> Carried {
+        self.table().carried.clone()
+    }
+
+    pub fn overflowed(&self) -> u64 {
+        self.table().overflowed
+    }
+
     /// The five families. The lock is held for copying numbers only, not for making text.
     pub fn families(&self) -> Vec<MetricFamily> {
         let mut rows: [Vec<Metric>; 5] = Default::default();
@@ -214,6 +228,7 @@ impl Table {
             self.sets.entry(Arc::clone(&wanted)).or_insert_with(|| Counts::new(false, now));
             return wanted;
         }
+        self.overflowed += 1;
         let labels = Arc::new(Labels::overflow(flow.direction, flow.security));
         self.sets.entry(Arc::clone(&labels)).or_insert_with(|| Counts::new(true, now)).touched = now;
         labels
@@ -225,6 +240,8 @@ impl Table {
         counts.received += to_app;
         counts.sent += to_client;
         counts.touched = now;
+        let carried = self.carried.entry((live.direction, live.security)).or_default();
+        *carried = (carried.0 + to_app, carried.1 + to_client);
         live.reported = (live.reported.0 + to_app, live.reported.1 + to_client);
     }
 }

@@ -110,6 +110,10 @@ pub trait Observer: Send + Sync + std::fmt::Debug {
     fn sample(&self) -> bool {
         false
     }
+    /// A pod's listener is served from now on.
+    fn pod_served(&self) {}
+    /// It is no more.
+    fn pod_left(&self) {}
     /// A tunnel's TCP connection is there. Its live byte counts are read from the [`Wire`].
     fn wire_opened(&self, _wire: &Arc<Wire>) {}
     /// How TCP gets on, once in a while; `None` where the kernel does not say.

@@ -40,6 +40,7 @@ use crate::{capture::Attached, cluster::Workload};
 /// Serves one enrolled pod's listener until `stop` (no new connections from then on; carried ones go on until they end
 /// or `Registry` cancels them; peers are asked to open new streams elsewhere).
 pub async fn serve(context: Context, pod: Arc<Workload>, attached: Attached, stop: CancellationToken) {
+    let _served = Served::tell(&context.observer);
     let edge = edge::Node { capture: context.capture.clone(), certificates: context.certificates.clone() };
     let shared = pod::Shared {
         cluster: context.cluster,
@@ -49,4 +50,21 @@ pub async fn serve(context: Context, pod: Arc<Workload>, attached: Attached, sto
         cluster_id: context.cluster_id,
     };
     listen::serve(Arc::new(pod::Pod::new(edge, shared, pod, attached.token, stop)), attached.listener).await;
+}
+
+/// Tells of a pod that is served, and of its end, however its task ends.
+#[derive(Debug)]
+struct Served(Arc<dyn Observer>);
+
+impl Served {
+    fn tell(observer: &Arc<dyn Observer>) -> Self {
+        observer.pod_served();
+        Self(Arc::clone(observer))
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.0.pod_left();
+    }
 }

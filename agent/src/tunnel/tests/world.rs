@@ -26,12 +26,12 @@ use x509_parser::{extensions::GeneralName, prelude::*};
 
 use super::{snapshot, workload};
 use crate::{
-    capture::{CaptureError, ProbeToken},
+    capture::{CaptureError, ProbeToken, TcpHealth},
     cluster::{Service, Snapshot, View, Workload},
     identity::{IdentityError, SpiffeId, TrustDomain},
     policy::Rulebook,
     tunnel::{
-        Connection, Direction, End, Flow, Observer, Registry,
+        Connection, Direction, End, Flow, Observer, Registry, Wire,
         edge::Edge,
         listen,
         pod::{Pod, Shared},
@@ -193,6 +193,8 @@ pub struct Record {
     pub told: Mutex<Vec<Told>>,
     pub opened: Mutex<u64>,
     pub handshakes: Mutex<Vec<(Direction, Result<(), &'static str>)>>,
+    /// Ended tunnels' TCP connections: bytes sent and received, and TCP's last word.
+    pub wires: Mutex<Vec<((u64, u64), Option<TcpHealth>)>>,
 }
 
 impl Observer for Record {
@@ -211,6 +213,10 @@ impl Observer for Record {
 
     fn handshake(&self, direction: Direction, result: Result<(), &'static str>) {
         self.handshakes.lock().unwrap().push((direction, result));
+    }
+
+    fn wire_closed(&self, wire: &Wire, health: Option<TcpHealth>) {
+        self.wires.lock().unwrap().push((wire.bytes(), health));
     }
 }
 
