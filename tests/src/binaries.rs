@@ -1,6 +1,9 @@
 //! Where the programs are that the lab starts: beside the test that runs, in the same target directory.
 
-use std::{env, path::PathBuf};
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result};
 
@@ -15,6 +18,20 @@ pub fn heddle() -> Result<PathBuf> {
 /// The workload of the lab's pods.
 pub fn lab_peer() -> Result<PathBuf> {
     beside("lab-peer")
+}
+
+/// Python with the stock OpenTelemetry protobufs, in a folder that `cargo xtask test` makes in the target directory;
+/// `None` where that was not possible.
+#[must_use]
+pub fn otlp_python() -> Option<PathBuf> {
+    let own = env::current_exe().ok()?;
+    own.ancestors().map(|folder| folder.join("otlp/bin/python3")).find(|path| path.is_file())
+}
+
+/// The receiver of spans that it runs.
+#[must_use]
+pub fn otlp_receiver() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("otlp/receiver.py")
 }
 
 fn beside(name: &str) -> Result<PathBuf> {

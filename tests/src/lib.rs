@@ -18,7 +18,7 @@
 //! dropped; [`state::sweep`] removes what a killed process left.
 
 pub mod agent;
-mod binaries;
+pub mod binaries;
 pub mod call;
 pub mod capture;
 pub mod certificates;

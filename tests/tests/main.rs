@@ -10,4 +10,5 @@ mod policy;
 mod protocols;
 mod services;
 mod telemetry;
+mod traces;
 mod wire;

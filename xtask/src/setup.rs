@@ -1,10 +1,11 @@
-//! The Debian packages that the lab and the demonstration need, installed by name, only those that are missing.
+//! What the lab and the demonstration need besides Rust, installed by name, only what is missing: Debian packages, and
+//! two of Python.
 
-use std::{env, process::Command};
+use std::{env, fs, process::Command};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::console::{is_root, show};
+use crate::console::{is_root, show, target};
 
 /// A program and the Debian package that has it.
 const PROGRAMS: [(&str, &str); 7] = [
@@ -17,8 +18,35 @@ const PROGRAMS: [(&str, &str); 7] = [
     ("promtool", "prometheus"),
 ];
 
+/// Python packages of the program that receives spans in the lab, by PyPI's names: OpenTelemetry's own protobufs.
+const OTLP_PACKAGES: [&str; 2] = ["opentelemetry-proto", "grpcio"];
+
 /// Makes sure that every program is there. As another user than root it only says what is missing.
 pub fn run() -> Result<()> {
+    programs()?;
+    if let Err(error) = otlp_receiver() {
+        println!("spans can't be received, so a test is skipped: {error:#}");
+    }
+    Ok(())
+}
+
+/// A Python environment of its own below the target directory, with [`OTLP_PACKAGES`].
+fn otlp_receiver() -> Result<()> {
+    let (place, half) = (target().join("otlp"), target().join("otlp-half"));
+    if place.join("bin/python3").is_file() {
+        return Ok(());
+    }
+    println!("installing {} for Python into {}", OTLP_PACKAGES.join(", "), place.display());
+    // Names of the folder are in its scripts, but python3 itself can be moved: it is there whole or not at all.
+    let made = show(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&half))?;
+    ensure!(made.success(), "python3 -m venv failed");
+    let mut install = Command::new(half.join("bin/python3"));
+    install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(OTLP_PACKAGES);
+    ensure!(show(&mut install)?.success(), "pip install {} failed", OTLP_PACKAGES.join(" "));
+    fs::rename(&half, &place).with_context(|| place.display().to_string())
+}
+
+fn programs() -> Result<()> {
     let missing: Vec<&str> =
         PROGRAMS.iter().filter(|(program, _)| !found(program)).map(|(_, package)| *package).collect();
     if missing.is_empty() {

@@ -7,7 +7,7 @@ use std::{net::SocketAddr, num::NonZero, path::PathBuf, sync::Arc, time::Duratio
 
 use crate::{
     identity::TrustDomain,
-    telemetry::{Destination, Format},
+    telemetry::{Destination, Export, Format},
 };
 
 /// Where the agent's admin socket is unless configured otherwise.
@@ -72,6 +72,19 @@ pub struct Raw {
     /// File that the access log is appended to, or - for stdout.
     #[arg(long, env = "HEDDLE_ACCESS_LOG", default_value = "-", value_name = "FILE")]
     pub access_log: PathBuf,
+    /// OpenTelemetry collector that gets a span per side of each tunnelled connection (OTLP over gRPC, without TLS),
+    /// http://HOST:PORT [default: none is sent].
+    #[arg(long, env = "HEDDLE_OTLP_ENDPOINT", value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
+    /// Share of the traces beginning here whose spans are sent, 0 to 1.
+    #[arg(
+        long,
+        env = "HEDDLE_OTLP_SAMPLE_RATIO",
+        default_value = "1",
+        allow_hyphen_values = true,
+        value_name = "RATIO"
+    )]
+    pub otlp_sample_ratio: String,
     /// How long carried connections may go on after SIGTERM.
     #[arg(long, env = "HEDDLE_DRAIN_GRACE", default_value = "30s", value_name = "DURATION")]
     pub drain_grace: String,
@@ -99,6 +112,8 @@ pub struct Config {
     pub readiness_listen: SocketAddr,
     pub log_format: Format,
     pub access_log: Destination,
+    /// Where spans are sent; `None` sends none.
+    pub spans: Option<Export>,
     pub drain_grace: Duration,
     pub workers: usize,
 }
@@ -150,6 +165,7 @@ impl Raw {
                 path if path == "-" => Destination::Stdout,
                 _ => Destination::File(self.access_log),
             },
+            spans: spans(self.otlp_endpoint, &self.otlp_sample_ratio)?,
             drain_grace: duration("--drain-grace", &self.drain_grace)?,
             workers: workers(self.workers)?,
         })
@@ -199,6 +215,25 @@ fn ca_address(value: String) -> Result<String, ConfigError> {
         Ok(_) => return Ok(value),
     };
     Err(ConfigError::new("--ca-address", value, problem, FIX))
+}
+
+fn spans(endpoint: Option<String>, ratio: &str) -> Result<Option<Export>, ConfigError> {
+    const RATIO: &str = "--otlp-sample-ratio";
+    let fix = "give a number from 0 to 1, such as 0.01";
+    let ratio = match ratio.parse::<f64>() {
+        Ok(ratio) if (0.0..=1.0).contains(&ratio) => ratio,
+        Ok(_) => return Err(ConfigError::new(RATIO, ratio, "is out of range", fix)),
+        Err(error) => return Err(ConfigError::new(RATIO, ratio, error, fix)),
+    };
+    let Some(endpoint) = endpoint else { return Ok(None) };
+    let problem = match endpoint.parse::<http::Uri>() {
+        Err(error) => error.to_string(),
+        Ok(address) if address.scheme_str() != Some("http") => "is not http".to_owned(),
+        Ok(address) if address.port_u16().is_none() => "has no port".to_owned(),
+        Ok(address) if !matches!(address.path(), "" | "/") => "has a path".to_owned(),
+        Ok(_) => return Ok(Some(Export { endpoint, ratio })),
+    };
+    Err(ConfigError::new("--otlp-endpoint", endpoint, problem, "give http://HOST:PORT, such as http://127.0.0.1:4317"))
 }
 
 /// Parses a duration such as `30s` or `1h`.

@@ -181,6 +181,15 @@ pub const METRIC_DENIALS: usize = 1_000;
 pub const TCP_HEALTH: Duration = Duration::from_secs(1);
 /// A dry-run policy that matches is logged at most this often (duration), and counted always.
 pub const DRY_RUN_LOG: Duration = Duration::from_secs(1);
+/// Spans queued for the collector (spans), some 2 KiB each; past it spans are dropped and counted.
+pub const SPANS_QUEUED: usize = 2_048;
+/// Spans sent at a time at most (spans), and how long the first of them waits for others (duration).
+pub const SPANS_BATCH: usize = 512;
+pub const SPAN_DELAY: Duration = Duration::from_secs(1);
+/// One request to the collector, connecting and trying again included (duration).
+pub const SPAN_EXPORT: Duration = Duration::from_secs(5);
+/// How long the agent's end waits for the last spans to be sent (duration).
+pub const SPAN_FLUSH: Duration = Duration::from_secs(1);
 /// Longest error text in an access-log line (bytes).
 pub const LOG_DETAIL: usize = 512;
 /// Lines of the agent's own log queued for writing (lines); past it lines are dropped.

@@ -128,7 +128,10 @@ async fn agent(config: Config) -> Result<(), StartError> {
         };
         TelemetryError::AccessLog { path, error }
     })?;
-    let telemetry = Arc::new(Telemetry::new(Arc::clone(&config.cluster_id), log)?);
+    let mut telemetry = Telemetry::new(Arc::clone(&config.cluster_id), log)?;
+    let export = |export| telemetry.export(export, Arc::clone(&config.node), Arc::clone(&config.cluster_id));
+    let exporting = config.spans.as_ref().map(export).transpose()?;
+    let telemetry = Arc::new(telemetry);
 
     // Bound first: of two agents on one node the second must end before it touches anything.
     let admin = Socket::bind(&config.admin_socket).await?;
@@ -198,6 +201,9 @@ async fn agent(config: Config) -> Result<(), StartError> {
     }
     let drained = drain(&context.registry, config.drain_grace, terminate.next()).await;
     tracing::info!("drained: {} completed, {} cut", drained.completed, drained.cut);
+    if let Some(exporting) = exporting {
+        exporting.finish().await;
+    }
     serving.cancel();
     let _how_it_ended = timeout(limits::CUT_WAIT, admin).await;
     drop(source);

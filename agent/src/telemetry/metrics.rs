@@ -146,9 +146,16 @@ impl Metrics {
     ///
     /// # Errors
     /// When a family can't be written.
-    pub fn scrape(&self, sources: &Sources, dropped_lines: u64, now: Instant) -> Result<String, prometheus::Error> {
+    pub fn scrape(
+        &self,
+        sources: &Sources,
+        dropped_lines: u64,
+        more: Vec<MetricFamily>,
+        now: Instant,
+    ) -> Result<String, prometheus::Error> {
         self.traffic.fold(&(sources.live)(), now);
         let mut families = self.registry.gather();
+        families.extend(more);
         families.extend(self.traffic.families());
         families.extend(pod_families(&(sources.pods)()));
         families.extend(self.open_families());

@@ -1,4 +1,4 @@
-//! What happened: metrics and the access log.
+//! What happened: metrics, the access log, and spans for a collector.
 //!
 //! After the tunnel, which tells of each connection's start and end. It never decides about traffic and never makes it wait.
 
@@ -8,6 +8,7 @@ mod labels;
 mod metrics;
 mod pods;
 mod process;
+mod spans;
 #[cfg(test)]
 mod tests;
 mod traffic;
@@ -22,6 +23,7 @@ use std::{
 pub use access_log::{AccessLog, Destination, Format, Record, response_flags};
 pub use metrics::{Sources, direction_name, seconds_until, security_name};
 pub use pods::{PodReport, named};
+pub use spans::{Export, Exporting};
 
 use crate::{
     capture::TcpHealth,
@@ -38,6 +40,8 @@ pub enum TelemetryError {
     Metrics(#[from] prometheus::Error),
     #[error("access log {path}: {error}")]
     AccessLog { path: String, error: std::io::Error },
+    #[error("spans can't be sent to {endpoint}: {error}")]
+    Spans { endpoint: String, error: String },
 }
 
 impl TelemetryError {
@@ -47,15 +51,17 @@ impl TelemetryError {
         match self {
             Self::Metrics(_) => "metrics",
             Self::AccessLog { .. } => "access_log",
+            Self::Spans { .. } => "spans",
         }
     }
 }
 
-/// Metrics and access log of one agent.
+/// Metrics, access log and spans of one agent.
 #[derive(Debug)]
 pub struct Telemetry {
     metrics: metrics::Metrics,
     log: AccessLog,
+    spans: Option<spans::Spans>,
 }
 
 impl Telemetry {
@@ -64,7 +70,17 @@ impl Telemetry {
     /// # Errors
     /// Never in practice: only when two metrics had the same name.
     pub fn new(cluster: Arc<str>, log: AccessLog) -> Result<Self, TelemetryError> {
-        Ok(Self { metrics: metrics::Metrics::new(cluster)?, log })
+        Ok(Self { metrics: metrics::Metrics::new(cluster)?, log, spans: None })
+    }
+
+    /// Sends spans to a collector. To be called in the runtime, before anything is told.
+    ///
+    /// # Errors
+    /// When the endpoint can't be one.
+    pub fn export(&mut self, export: &Export, node: Arc<str>, cluster: Arc<str>) -> Result<Exporting, TelemetryError> {
+        let (spans, exporting) = spans::Spans::start(export, node, cluster)?;
+        self.spans = Some(spans);
+        Ok(exporting)
     }
 
     /// The metrics in Prometheus' text format 0.0.4, live connections included.
@@ -72,7 +88,8 @@ impl Telemetry {
     /// # Errors
     /// When a family can't be written.
     pub fn scrape(&self, sources: &Sources) -> Result<String, TelemetryError> {
-        Ok(self.metrics.scrape(sources, self.log.dropped(), Instant::now())?)
+        let spans = self.spans.iter().flat_map(spans::Spans::families).collect();
+        Ok(self.metrics.scrape(sources, self.log.dropped(), spans, Instant::now())?)
     }
 
     /// Forgets label sets of workloads that are gone from the cluster and idle for [`limits::METRIC_IDLE`].
@@ -88,6 +105,9 @@ impl Telemetry {
     fn tell(&self, flow: &Flow, end: &End, carried: Option<((u64, u64), Duration)>) {
         if let End::Denied(denial) = end {
             self.metrics.denied(denial);
+        }
+        if let Some(spans) = &self.spans {
+            spans.told(flow, end, carried.map(|(bytes, _)| bytes));
         }
         self.log.write(&Record { time: SystemTime::now(), flow, end, carried });
     }
@@ -110,6 +130,10 @@ impl Observer for Telemetry {
 
     fn handshake(&self, direction: Direction, result: Result<(), &'static str>) {
         self.metrics.handshake(direction, result);
+    }
+
+    fn sample(&self) -> bool {
+        self.spans.as_ref().is_some_and(spans::Spans::sample)
     }
 
     fn rehearsed(&self, connection: &Connection, rehearsal: &Rehearsal) {

@@ -26,7 +26,7 @@ use crate::{
     tunnel::{Connection, Direction, End, Flow, Observer, Security, Trace, Wire},
 };
 
-fn workload(name: &str) -> Arc<Workload> {
+pub(super) fn workload(name: &str) -> Arc<Workload> {
     Arc::new(Workload {
         uid: format!("uid-{name}").into(),
         name: format!("{name}-0").into(),
@@ -52,7 +52,7 @@ fn workload(name: &str) -> Arc<Workload> {
     })
 }
 
-fn flow(direction: Direction) -> Flow {
+pub(super) fn flow(direction: Direction) -> Flow {
     Flow {
         direction,
         security: Security::MutualTls,
@@ -333,7 +333,7 @@ fn a_scrape_tells_what_every_stage_knows() {
     let rehearsal = Rehearsal { policy: "shop/trial".into(), action: Action::Deny };
     let now = Instant::now();
     assert_eq!([metrics.rehearsed(&rehearsal, now), metrics.rehearsed(&rehearsal, now)], [true, false]);
-    let text = metrics.scrape(&sources(vec![live]), 4, Instant::now()).unwrap();
+    let text = metrics.scrape(&sources(vec![live]), 4, vec![], Instant::now()).unwrap();
     for line in [
         "# TYPE istio_tcp_sent_bytes_total counter",
         "# TYPE heddle_pod_captured gauge",
@@ -384,7 +384,7 @@ fn a_tunnels_bytes_and_health_are_counted_once_whatever_the_order_of_scrape_and_
     out.received(7);
     into.received(50);
     metrics.tunnels.health(&out, health(u32::MAX - 1, 3, 2));
-    let text = metrics.scrape(&sources(vec![]), 0, Instant::now()).unwrap();
+    let text = metrics.scrape(&sources(vec![]), 0, vec![], Instant::now()).unwrap();
     assert_eq!(line(&text, "heddle_tunnels_open{direction=\"outbound\"}"), 1.0);
     assert_eq!(line(&text, "heddle_tunnel_tcp_lost_segments{direction=\"outbound\"}"), 2.0);
     out.sent(11);
@@ -392,7 +392,7 @@ fn a_tunnels_bytes_and_health_are_counted_once_whatever_the_order_of_scrape_and_
     metrics.tunnels.closed(&out, health(1, 4, 0));
     metrics.tunnels.closed(&out, health(1, 4, 0));
     for _ in 0..2 {
-        let text = metrics.scrape(&sources(vec![]), 0, Instant::now()).unwrap();
+        let text = metrics.scrape(&sources(vec![]), 0, vec![], Instant::now()).unwrap();
         for (name, value) in [
             ("heddle_tunnel_bytes_total{direction=\"outbound\",towards=\"server\"}", 111.0),
             ("heddle_tunnel_bytes_total{direction=\"outbound\",towards=\"client\"}", 7.0),
@@ -415,7 +415,7 @@ fn policies_without_end_do_not_make_series_without_end() {
     for number in 0..crate::life::limits::METRIC_DENIALS + 100 {
         metrics.denied(&Denial::Explicit { policy: format!("shop/{number}").into() });
     }
-    let text = metrics.scrape(&sources(vec![]), 0, Instant::now()).unwrap();
+    let text = metrics.scrape(&sources(vec![]), 0, vec![], Instant::now()).unwrap();
     let lines = text.lines().filter(|line| line.starts_with("heddle_denied_total{")).count();
     assert_eq!(lines, crate::life::limits::METRIC_DENIALS + 1);
     assert!(text.contains("heddle_denied_total{policy=\"overflow\",reason=\"policy_denied\"} 100"));

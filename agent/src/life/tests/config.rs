@@ -4,7 +4,7 @@ use clap::Parser;
 
 use crate::{
     life::config::{Config, ConfigError, Raw, default_workers},
-    telemetry::{Destination, Format},
+    telemetry::{Destination, Export, Format},
 };
 
 #[derive(Debug, Parser)]
@@ -69,6 +69,14 @@ fn a_value_that_cannot_work_is_refused_with_its_flag_and_the_fix() {
         ("--admin-socket", &long),
         ("--metrics-listen", "15020"),
         ("--readiness-listen", "localhost:15021"),
+        ("--otlp-endpoint", "https://collector:4317"),
+        ("--otlp-endpoint", "collector:4317"),
+        ("--otlp-endpoint", "http://collector"),
+        ("--otlp-endpoint", "http://collector:4317/v1/traces"),
+        ("--otlp-sample-ratio", "1.5"),
+        ("--otlp-sample-ratio", "-0.1"),
+        ("--otlp-sample-ratio", "NaN"),
+        ("--otlp-sample-ratio", "some"),
         ("--workers", "0"),
         ("--workers", "many"),
     ] {
@@ -87,6 +95,9 @@ fn what_is_typed_is_what_it_means() {
     assert_eq!(config.access_log, Destination::File("/var/log/a".into()));
     assert_eq!((config.workers, config.drain_grace), (3, Duration::from_secs(65)));
     assert_eq!(config.log_format, Format::Json);
+    assert_eq!(config.spans, None, "sent only where asked for");
+    let config = typed(&["--otlp-endpoint", "http://127.0.0.1:4317", "--otlp-sample-ratio", "0.25"]).unwrap();
+    assert_eq!(config.spans, Some(Export { endpoint: "http://127.0.0.1:4317".into(), ratio: 0.25 }));
 }
 
 #[test]
