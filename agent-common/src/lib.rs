@@ -25,8 +25,8 @@
 
 use core::mem::{align_of, offset_of, size_of};
 
-/// Version of every layout in this file; part of the bpffs path (`…/v1`).
-pub const LAYOUT_VERSION: u32 = 1;
+/// Version of every layout in this file; part of the bpffs path (`…/v2`).
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Port of the agent's listener in each pod's netns. Nothing may address it directly.
 pub const LISTENER_PORT: u16 = 15_001;
@@ -64,6 +64,8 @@ pub mod programs {
     pub const CONNECT4: &str = "connect4";
     pub const CONNECT6: &str = "connect6";
     pub const LOOKUP: &str = "lookup";
+    pub const SENDMSG4: &str = "sendmsg4";
+    pub const SENDMSG6: &str = "sendmsg6";
 }
 
 /// Names of the read-only globals that make one instance of the programs per pod.
@@ -182,6 +184,10 @@ pub struct PodCounts {
     pub unattended_passed: u64,
     /// Look-ups dropped because they addressed the agent's listener port directly.
     pub direct: u64,
+    /// UDP sockets connected to a destination outside the pod; what is sent on them is not seen.
+    pub udp_connects: u64,
+    /// Datagrams sent to a destination outside the pod on UDP sockets that are not connected to it.
+    pub udp_datagrams: u64,
 }
 
 const _: () = {
@@ -191,7 +197,7 @@ const _: () = {
     assert!(size_of::<Attestation>() == 8);
     assert!(size_of::<Pod>() == 72 && offset_of!(Pod, addresses) == 8);
     assert!(size_of::<PodGate>() == 8);
-    assert!(size_of::<PodCounts>() == 56);
+    assert!(size_of::<PodCounts>() == 72);
 };
 
 #[cfg(feature = "userspace")]

@@ -10,6 +10,7 @@ use heddle_common::Address;
 pub const AF_INET: u32 = 2;
 pub const AF_INET6: u32 = 10;
 pub const IPPROTO_TCP: u32 = 6;
+pub const IPPROTO_UDP: u32 = 17;
 /// Linux 5.6: an MPTCP socket; the connections below it are TCP.
 pub const IPPROTO_MPTCP: u32 = 262;
 

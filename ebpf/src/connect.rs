@@ -18,7 +18,7 @@ use heddle_common::{MARK, PodCounts};
 
 use crate::{
     address::{self, Ip, word, words},
-    maps,
+    datagram, maps,
 };
 
 /// Verdicts of a `cgroup/connect` program.
@@ -44,6 +44,9 @@ fn connect(ctx: &SockAddrContext, destination: Ip) -> i32 {
     // SAFETY: the kernel gives a valid context.
     let protocol = unsafe { word!(ctx.sock_addr, bpf_sock_addr, protocol) };
     if protocol != address::IPPROTO_TCP && protocol != address::IPPROTO_MPTCP {
+        if protocol == address::IPPROTO_UDP {
+            datagram::connected(destination);
+        }
         return PROCEED;
     }
     if destination.is_loopback() || maps::is_own(destination) || !maps::is_destination(destination) {

@@ -14,6 +14,8 @@ mod address;
 #[cfg(target_arch = "bpf")]
 mod connect;
 #[cfg(target_arch = "bpf")]
+mod datagram;
+#[cfg(target_arch = "bpf")]
 mod lookup;
 #[cfg(target_arch = "bpf")]
 mod maps;
@@ -29,7 +31,7 @@ mod programs {
         programs::{SkLookupContext, SockAddrContext},
     };
 
-    use crate::{connect, lookup};
+    use crate::{connect, datagram, lookup};
 
     #[cgroup_sock_addr(connect4)]
     pub fn connect4(ctx: SockAddrContext) -> i32 {
@@ -39,6 +41,16 @@ mod programs {
     #[cgroup_sock_addr(connect6)]
     pub fn connect6(ctx: SockAddrContext) -> i32 {
         connect::ipv6(&ctx)
+    }
+
+    #[cgroup_sock_addr(sendmsg4)]
+    pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
+        datagram::ipv4(&ctx)
+    }
+
+    #[cgroup_sock_addr(sendmsg6)]
+    pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
+        datagram::ipv6(&ctx)
     }
 
     #[sk_lookup]

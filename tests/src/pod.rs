@@ -22,7 +22,7 @@ use crate::{
     lab::Ground,
     netns::Netns,
     process::{Place, Process},
-    reports::{Churned, Connected, Event, Held, Measured, Transferred, Tunnelled},
+    reports::{Churned, Connected, Datagrams, Event, Held, Measured, Transferred, Tunnelled},
 };
 
 /// A pod that is being described; [`PodBuilder::start`] makes it.
@@ -306,6 +306,22 @@ impl Pod {
     /// Bytes one way, to a sink, as fast as they go.
     pub fn throughput(&self, to: SocketAddr, seconds: u64) -> Call<'_, Measured> {
         self.call("throughput").with("--to", to).with("--seconds", seconds).within(60 + seconds)
+    }
+
+    /// Datagrams to a UDP echo server, each answered before the next.
+    pub fn datagrams(&self, to: SocketAddr, count: u64) -> Call<'_, Datagrams> {
+        self.call("udp").with("--to", to).with("--count", count).within(60)
+    }
+
+    /// Answers datagrams on this port as long as the pod lives.
+    pub fn echoes_datagrams(&self, port: u16) -> Result<()> {
+        let args = ["--port".to_owned(), port.to_string()];
+        let mut server =
+            self.start_process("udp-echo", binaries::lab_peer()?, &[&["udp-echo".to_owned()], &args[..]].concat())?;
+        let first: Event = serde_json::from_str(&server.next_line(Duration::from_secs(10))?)?;
+        ensure!(first == Event::Ready, "{} says {first:?}", self.name);
+        self.processes().push(server);
+        Ok(())
     }
 
     /// HBONE by hand, with any certificate.

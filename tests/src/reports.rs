@@ -97,6 +97,15 @@ pub struct Measured {
     pub error: Option<String>,
 }
 
+/// Datagrams to a UDP echo server.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Datagrams {
+    pub sent: u64,
+    /// Answers that came in time and were right.
+    pub echoed: u64,
+    pub error: Option<String>,
+}
+
 /// What the adversary met when it spoke HBONE.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tunnelled {

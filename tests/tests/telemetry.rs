@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Context;
-use heddle_lab::{Lab, Pod, Result, needs_program, needs_root, until};
+use heddle_lab::{Lab, Pod, Result, needs_program, needs_root, reports::Datagrams, until};
 use serde_json::json;
 
 /// What the metrics carry, in Istio's words.
@@ -289,5 +289,53 @@ fn a_connection_that_fails_is_counted_and_logged_with_its_reason() -> Result {
     let line = agent.wait_access("the failure", |line| line.get("message") == "connection failed")?;
     assert_ne!((line.get("reason"), line.get("response_flags")), ("", "-"), "{line:?}");
     assert!(agent.metrics()?.sum("istio_tcp_connections_failed_total", &[("reporter", "source")]) >= 1.0);
+    Ok(())
+}
+
+/// Connected sockets and single datagrams that left the pod past the mesh, as metrics and status have it.
+fn unprotected(lab: &Lab, pod: &Pod) -> Result<[f64; 2]> {
+    let agent = lab.agent(1)?;
+    let (scrape, status) = (agent.metrics()?, agent.status()?);
+    let counted = |event: &str| scrape.sum("heddle_pod_kernel_events_total", &[("pod", pod.name()), ("event", event)]);
+    let events = ["udp_unprotected_connects", "udp_unprotected_datagrams"].map(counted);
+    let line = status["pods"].as_array().and_then(|pods| pods.iter().find(|line| line["name"] == pod.name()));
+    let counters = line.map(|line| line["counters"].clone()).unwrap_or_default();
+    assert_eq!(counters["udp_unprotected_connects"].as_f64(), Some(events[0]), "{status}");
+    Ok(events)
+}
+
+#[test]
+fn udp_of_an_enrolled_pod_is_counted_as_unprotected_and_left_alone() -> Result {
+    needs_root!();
+    let (lab, client, server) = stage(&["echo:7000"])?;
+    for pod in [&client, &server] {
+        pod.echoes_datagrams(9000)?;
+    }
+    let whole = |count: u64| Datagrams { sent: count, echoed: count, error: None };
+    assert_eq!(unprotected(&lab, &client)?, [0.0, 0.0]);
+    // The pod itself, by any of its names, is not outside.
+    for own in [client.at(9000), client.at6(9000), "127.0.0.1:9000".parse()?, "[::1]:9000".parse()?] {
+        assert_eq!(client.datagrams(own, 2).run()?, whole(2), "{own}");
+        assert_eq!(client.datagrams(own, 2).flag("--connected").run()?, whole(2), "{own}");
+    }
+    assert_eq!(unprotected(&lab, &client)?, [0.0, 0.0]);
+    // A connected socket counts once, whatever it sends; on any other each datagram counts.
+    for to in [server.at(9000), server.at6(9000)] {
+        assert_eq!(client.datagrams(to, 5).flag("--connected").run()?, whole(5), "{to}");
+    }
+    assert_eq!(unprotected(&lab, &client)?, [2.0, 0.0]);
+    for to in [server.at(9000), server.at6(9000)] {
+        assert_eq!(client.datagrams(to, 5).run()?, whole(5), "{to}");
+    }
+    assert_eq!(unprotected(&lab, &client)?, [2.0, 10.0]);
+    // The next agent takes the programs over as they hang, and their counts with them.
+    lab.agent(1)?.restart()?;
+    client.wait_captured()?;
+    assert_eq!(client.datagrams(server.at(9000), 1).run()?, whole(1));
+    assert_eq!(unprotected(&lab, &client)?, [2.0, 11.0]);
+    // What left the mesh is nobody's business.
+    client.withdraw()?;
+    assert_eq!(client.datagrams(server.at(9000), 1).run()?, whole(1));
+    assert!(!lab.agent(1)?.metrics_text()?.contains("udp_unprotected"));
     Ok(())
 }

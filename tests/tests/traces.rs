@@ -48,9 +48,12 @@ fn both_sides_of_a_connection_are_spans_of_one_trace_to_an_independent_receiver(
     let client = lab.pod("shop", "client").start()?;
     let service = lab.service("shop", "web", (80, 7000), &[&server])?;
 
-    let seen = client.connect(service.at()).say("hello").with("--expect", 5).run()?;
-    assert_eq!(seen.error, None);
     let wait = Duration::from_secs(20);
+    // A connection before the agent knows the Service goes nowhere, and makes no span.
+    until(wait, "the Service to be known", || {
+        let seen = client.connect(service.at()).say("hello").with("--expect", 5).run().ok()?;
+        seen.error.is_none().then_some(())
+    })?;
     let (offered, answered) = until(wait, "a span of either side", || pair(&collector, "STATUS_CODE_UNSET"))?;
     assert_eq!(offered["parent"], "", "the trace begins at the client's side");
     assert_eq!(answered["parent"], offered["span"], "and goes on at the server's");

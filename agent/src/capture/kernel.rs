@@ -42,6 +42,8 @@ const MAX_USED_MAPS: usize = 64;
 pub enum Hook {
     Connect4 = 10,
     Connect6 = 11,
+    Sendmsg4 = 14,
+    Sendmsg6 = 15,
     Lookup = 36,
 }
 

@@ -38,11 +38,16 @@ const LOG_MAP: &str = "AYA_LOGS";
 const READ_ONLY: &str = ".rodata";
 
 /// The programs in the order in which they are attached: what catches a marked connection is there before anything marks one.
-pub const PROGRAMS: [(&str, Hook); 3] =
-    [(programs::LOOKUP, Hook::Lookup), (programs::CONNECT4, Hook::Connect4), (programs::CONNECT6, Hook::Connect6)];
+pub const PROGRAMS: [(&str, Hook); 5] = [
+    (programs::LOOKUP, Hook::Lookup),
+    (programs::CONNECT4, Hook::Connect4),
+    (programs::CONNECT6, Hook::Connect6),
+    (programs::SENDMSG4, Hook::Sendmsg4),
+    (programs::SENDMSG6, Hook::Sendmsg6),
+];
 
 /// Kernel ids of a pod's programs, in the order of [`PROGRAMS`].
-pub type ProgramIds = [u32; 3];
+pub type ProgramIds = [u32; PROGRAMS.len()];
 
 /// A pod's cgroup.
 #[derive(Debug)]
@@ -80,7 +85,7 @@ impl AsFd for Cgroup {
 pub struct Object {
     maps: PathBuf,
     /// Each of [`PROGRAMS`] in an instance of the embedded object.
-    known: [ProgramInfo; 3],
+    known: [ProgramInfo; PROGRAMS.len()],
     /// Where the pod lies in the read-only data.
     place: PodPlace,
 }
@@ -93,7 +98,7 @@ struct PodPlace {
 }
 
 struct Instance {
-    programs: [(OwnedFd, ProgramInfo); 3],
+    programs: [(OwnedFd, ProgramInfo); PROGRAMS.len()],
 }
 
 /// A pod of nobody, recognisable in the read-only data.
@@ -104,18 +109,16 @@ impl Object {
     /// Loads the programs once, without attaching them: makes the pinned maps where absent, and learns what an instance
     /// looks like. The id is of a program that lives as long as the descriptor.
     pub fn open(maps: &Path) -> Result<(Self, OwnedFd, u32), String> {
-        let Instance { programs: [lookup, connect4, connect6] } = instance(maps, &NOBODY)?;
+        let Instance { programs } = instance(maps, &NOBODY)?;
+        let known = programs.each_ref().map(|(_, info)| info.clone());
+        let [lookup, ..] = programs;
         let (length, data) = read_only_data(&lookup.1)?.ok_or("the look-up program has no read-only data")?;
         let wanted = bytes(&NOBODY);
         let offset = data
             .windows(wanted.len())
             .position(|window| window == wanted)
             .ok_or("the pod is not in the read-only data of the programs")?;
-        let object = Self {
-            maps: maps.to_owned(),
-            known: [lookup.1.clone(), connect4.1, connect6.1],
-            place: PodPlace { length, offset },
-        };
+        let object = Self { maps: maps.to_owned(), known, place: PodPlace { length, offset } };
         Ok((object, lookup.0, lookup.1.id))
     }
 
@@ -141,7 +144,7 @@ impl Object {
         }
     }
 
-    /// Sees to it that the pod's three links hang on `netns` and `cgroup` with programs made for `pod`, pinned in `folder`.
+    /// Sees to it that the pod's links hang on `netns` and `cgroup` with programs made for `pod`, pinned in `folder`.
     /// Adopts what is right already. `shared` are the ids of the pinned maps.
     pub fn attach(
         &self,
@@ -153,7 +156,7 @@ impl Object {
     ) -> Result<(ProgramIds, How), AttachError> {
         let found: Vec<Option<(OwnedFd, LinkInfo)>> =
             PROGRAMS.iter().map(|(name, _)| existing(&folder.join(name))).collect::<Result<_, _>>()?;
-        let mut ids = [0; 3];
+        let mut ids = [0; PROGRAMS.len()];
         let mut current = 0;
         for (index, (slot, (_, hook))) in found.iter().zip(PROGRAMS).enumerate() {
             if let (Some((_, info)), Some(id)) = (slot, ids.get_mut(index))
@@ -182,7 +185,7 @@ impl Object {
             }
             let link = match hook {
                 Hook::Lookup => kernel::link(program, netns, hook),
-                Hook::Connect4 | Hook::Connect6 => kernel::link(program, cgroup, hook),
+                _ => kernel::link(program, cgroup, hook),
             }?;
             let next = folder.join(format!("{name}-next"));
             pin::remove_if_there(&next)?;
@@ -234,7 +237,7 @@ pub fn read_back(folder: &Path, netns: u64, cgroup: u64, expected: &ProgramIds) 
 fn hangs(info: &LinkInfo, hook: Hook, netns: u64, cgroup: u64) -> bool {
     let target = match hook {
         Hook::Lookup => Target::Netns(netns),
-        Hook::Connect4 | Hook::Connect6 => Target::Cgroup(cgroup),
+        _ => Target::Cgroup(cgroup),
     };
     info.attach_type == hook as u32 && info.target == target
 }
@@ -272,7 +275,8 @@ fn instance(maps: &Path, pod: &Pod) -> Result<Instance, String> {
         let info = kernel::program_info(&fd).map_err(|error| format!("program {name}: {error}"))?;
         Ok((fd, info))
     };
-    Ok(Instance { programs: [load(programs::LOOKUP)?, load(programs::CONNECT4)?, load(programs::CONNECT6)?] })
+    let [lookup, connect4, connect6, sendmsg4, sendmsg6] = PROGRAMS.map(|(name, _)| name);
+    Ok(Instance { programs: [load(lookup)?, load(connect4)?, load(connect6)?, load(sendmsg4)?, load(sendmsg6)?] })
 }
 
 /// Size and content of a program's read-only data.

@@ -190,6 +190,8 @@ fn add(sum: PodCounts, one: &PodCounts) -> PodCounts {
         unattended_dropped: sum.unattended_dropped.wrapping_add(one.unattended_dropped),
         unattended_passed: sum.unattended_passed.wrapping_add(one.unattended_passed),
         direct: sum.direct.wrapping_add(one.direct),
+        udp_connects: sum.udp_connects.wrapping_add(one.udp_connects),
+        udp_datagrams: sum.udp_datagrams.wrapping_add(one.udp_datagrams),
     }
 }
 

@@ -1,4 +1,4 @@
-//! What outlives the agent, in bpffs: `<folder>/v<layout version>/{maps/<NAME>, pods/<uid>/{connect4,connect6,lookup,record}}`.
+//! What outlives the agent, in bpffs: `<folder>/v<layout version>/{maps/<NAME>, pods/<uid>/{connect4,connect6,lookup,sendmsg4,sendmsg6,record}}`.
 //!
 //! The record says what a later agent must know of a pod to adopt it or to clean up after it. It is the target of a symbolic
 //! link, as bpffs holds no other text. Only this module knows paths; nothing here touches a pod. A record is a hint for

@@ -46,7 +46,7 @@ impl PodReport {
 
 /// The kernel's counters by name.
 #[must_use]
-pub fn named(counts: &PodCounts) -> [(&'static str, u64); 7] {
+pub fn named(counts: &PodCounts) -> [(&'static str, u64); 9] {
     [
         ("marked", counts.marked),
         ("unmarkable", counts.unmarkable),
@@ -55,5 +55,7 @@ pub fn named(counts: &PodCounts) -> [(&'static str, u64); 7] {
         ("unattended_dropped", counts.unattended_dropped),
         ("unattended_passed", counts.unattended_passed),
         ("direct", counts.direct),
+        ("udp_unprotected_connects", counts.udp_connects),
+        ("udp_unprotected_datagrams", counts.udp_datagrams),
     ]
 }

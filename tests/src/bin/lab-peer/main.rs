@@ -6,6 +6,7 @@ mod hbone;
 mod load;
 mod one;
 mod serve;
+mod udp;
 
 use std::{net::SocketAddr, process::ExitCode, time::Duration};
 
@@ -82,6 +83,21 @@ enum Verb {
         #[arg(long)]
         seconds: u64,
     },
+    /// Datagrams to a UDP echo server, each answered before the next.
+    Udp {
+        #[arg(long)]
+        to: SocketAddr,
+        #[arg(long)]
+        count: u64,
+        /// Connects the socket first.
+        #[arg(long)]
+        connected: bool,
+    },
+    /// Answer datagrams until killed.
+    UdpEcho {
+        #[arg(long)]
+        port: u16,
+    },
     /// HBONE by hand, as a client.
     Hbone {
         #[arg(long)]
@@ -138,6 +154,8 @@ async fn run(verb: Verb) -> anyhow::Result<()> {
         Verb::Transfer { dial, bytes } => tell(&one::transfer(&dial, bytes).await),
         Verb::Latency { dial, count } => tell(&one::latency(&dial, count).await),
         Verb::Throughput { dial, seconds } => tell(&one::throughput(&dial, Duration::from_secs(seconds)).await),
+        Verb::Udp { to, count, connected } => tell(&udp::send(to, count, connected).await),
+        Verb::UdpEcho { port } => udp::echo(port).await,
         Verb::Hbone { to, authority, cert, key, method, say } => {
             tell(&hbone::client(to, &authority, cert.zip(key), &method, &say).await)
         }
