@@ -87,6 +87,7 @@ pub fn index(parts: &[Arc<Objects>], settings: &Settings, generation: u64) -> Sn
             &policy.metadata
         }),
         invalid_policies: invalid,
+        policy_gaps: parts.iter().flat_map(|part| &part.policy_gaps).cloned().collect(),
         root_namespace: Arc::clone(&settings.root_namespace),
         warnings,
     }

@@ -1,8 +1,8 @@
 //! A directory of manifests as the source of truth: which files count, what each held when it was last good, and what is
 //! wrong now.
 //!
-//! A malformed file changes nothing but the list of problems: its last good state stays in force. No file may block the
-//! agent or grow it without bound.
+//! A malformed file changes nothing but the list of problems: its last good state stays in force. One that has none leaves a
+//! gap where policies may be missing. No file may block the agent or grow it without bound.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -14,7 +14,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::{Objects, read::read};
+use super::{
+    Objects, PolicyGap,
+    read::{Manifest, read},
+};
 use crate::life::limits;
 
 /// What is wrong with a manifest file.
@@ -154,11 +157,13 @@ pub struct Directory {
     files: BTreeMap<PathBuf, Known>,
     /// What is wrong with the directory itself.
     problem: Option<Problem>,
+    /// The gap that files leave which were too many to be read at the start.
+    unread: Option<Arc<Objects>>,
 }
 
 impl Directory {
     pub fn new(path: PathBuf) -> Self {
-        Self { path, files: BTreeMap::new(), problem: None }
+        Self { path, files: BTreeMap::new(), problem: None, unread: None }
     }
 
     /// Looks at every file and reads those that changed. True if the objects or the problems may be others than before.
@@ -182,6 +187,9 @@ impl Directory {
             if !self.files.is_empty() {
                 return Ok(changed);
             }
+            self.unread = Some(Arc::new(with_gaps(Objects::default(), &self.path, vec![None])));
+        } else {
+            self.unread = None;
         }
         let mut changed = before != self.problem;
         let known = self.files.len();
@@ -220,9 +228,9 @@ impl Directory {
             },
             Err(error) => (None, Err(error)),
         };
-        let (objects, errors, invalid) = match result {
-            Ok(manifest) => (Some(manifest.objects), manifest.errors, manifest.invalid),
-            Err(error) => (None, vec![error], Vec::new()),
+        let (objects, errors, invalid, gaps) = match result {
+            Ok(Manifest { objects, errors, invalid, gaps, .. }) => (Some(objects), errors, invalid, gaps),
+            Err(error) => (None, vec![error], Vec::new(), vec![None]),
         };
         let (before, next) = match (self.files.remove(&path), objects) {
             (before, Some(objects)) if errors.is_empty() => {
@@ -236,8 +244,17 @@ impl Directory {
                 (Some(before), Known { stamp, objects, good: true, problems })
             }
             (before, objects) => {
-                let last = || before.as_ref().map(|before| Arc::clone(&before.objects)).unwrap_or_default();
-                let objects = objects.map_or_else(last, Arc::new);
+                let last = before.as_ref().map(|before| &before.objects);
+                let objects = match (objects, last) {
+                    // Nothing more is known than before, and it left its gap then.
+                    (None, Some(last)) if last.policy_gaps.iter().any(|gap| gap.namespace.is_none()) => {
+                        Arc::clone(last)
+                    }
+                    (objects, last) => {
+                        let objects = objects.or_else(|| last.map(|last| Objects::clone(last))).unwrap_or_default();
+                        Arc::new(with_gaps(objects, &path, gaps))
+                    }
+                };
                 let mut problems = problems(&path, errors, InForce::Readable);
                 problems.extend(self::problems(&path, invalid, InForce::Readable));
                 (before, Known { stamp, objects, good: false, problems })
@@ -251,7 +268,7 @@ impl Directory {
 
     /// The objects of every file, in the order of their names.
     pub fn objects(&self) -> Vec<Arc<Objects>> {
-        self.files.values().map(|known| Arc::clone(&known.objects)).collect()
+        self.files.values().map(|known| &known.objects).chain(&self.unread).cloned().collect()
     }
 
     /// Everything that is wrong, by file.
@@ -274,6 +291,15 @@ impl Directory {
         }
         duplicates
     }
+}
+
+/// Objects of a file, and where it may have held policies that are not among them.
+fn with_gaps(mut objects: Objects, file: &Path, namespaces: Vec<Option<Arc<str>>>) -> Objects {
+    let source: Arc<str> = file.to_string_lossy().into();
+    let gap = |namespace| Arc::new(PolicyGap { source: Arc::clone(&source), namespace });
+    objects.policy_gaps = namespaces.into_iter().map(gap).collect();
+    objects.policy_gaps.dedup();
+    objects
 }
 
 fn problems(file: &Path, errors: Vec<ManifestError>, in_force: InForce) -> Vec<Problem> {

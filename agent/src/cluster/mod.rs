@@ -23,7 +23,7 @@ pub use manifests::{InForce, ManifestError, Problem};
 pub use objects::Objects;
 pub use places::{AnnotatedPlaces, Places};
 pub use snapshot::{
-    Endpoint, InvalidPolicy, Naming, Place, PolicyKind, Service, ServicePort, Snapshot, Unattended, View, Warning,
-    Workload,
+    Endpoint, InvalidPolicy, Naming, Place, PolicyGap, PolicyKind, Service, ServicePort, Snapshot, Unattended, View,
+    Warning, Workload,
 };
 pub use watch::{Source, SourceError};

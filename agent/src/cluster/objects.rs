@@ -10,7 +10,7 @@ use k8s_openapi::api::{
 };
 
 use super::{
-    InvalidPolicy,
+    InvalidPolicy, PolicyGap,
     kinds::{AuthorizationPolicy, PeerAuthentication},
 };
 
@@ -25,4 +25,5 @@ pub struct Objects {
     pub authorization_policies: Vec<Arc<AuthorizationPolicy>>,
     pub peer_authentications: Vec<Arc<PeerAuthentication>>,
     pub invalid_policies: Vec<Arc<InvalidPolicy>>,
+    pub policy_gaps: Vec<Arc<PolicyGap>>,
 }

@@ -1,7 +1,8 @@
 //! The text of one manifest file → typed objects, or errors that name object and field.
 //!
 //! Pure. An AuthorizationPolicy or PeerAuthentication that can't be read as its kind is never dropped: it is carried as an
-//! [`InvalidPolicy`], which denies. Kinds that heddle has no use for are passed over.
+//! [`InvalidPolicy`], which denies. What may have been a policy and can't be read as any object leaves a gap, with as much of
+//! its namespace as can be trusted. Kinds that heddle has no use for are passed over.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -24,6 +25,8 @@ use crate::life::limits;
 /// Annotation of a policy that is only to be rehearsed.
 const DRY_RUN: &str = "istio.io/dry-run";
 const POLICY_GROUP: &str = "security.istio.io";
+/// The kind of that group which is about HTTP alone: it decides nothing here.
+const REQUEST_AUTHENTICATION: &str = "RequestAuthentication";
 /// Namespace of a namespaced object that names none, as `kubectl apply` has it.
 const DEFAULT_NAMESPACE: &str = "default";
 
@@ -36,12 +39,34 @@ pub struct Manifest {
     pub errors: Vec<ManifestError>,
     /// Policies that are carried as invalid. They don't make the file malformed.
     pub invalid: Vec<ManifestError>,
+    /// Parts that may have been policies: the namespace that each names, `None` where nobody can say.
+    pub gaps: Vec<Option<Arc<str>>>,
+    /// Where each policy stands, the invalid ones too.
+    pub policies: Vec<Found>,
+    /// Objects that are called like a policy of ours and are of another API.
+    pub foreign: Vec<Found>,
+    /// The document that is being read ends with a whole line, so that its last word is no half of one.
+    whole: bool,
+}
+
+/// An object of a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// Line (from 1) on which its document starts.
+    pub line: u64,
+    pub kind: PolicyKind,
+    /// `namespace/name`.
+    pub name: String,
+    pub api_version: String,
 }
 
 /// Reads YAML (of which JSON is a part), any number of documents, `List` kinds flattened.
 pub fn read(text: &str) -> Manifest {
     let mut manifest = Manifest::default();
-    for (line, document) in documents(text) {
+    let documents = documents(text);
+    let last = documents.len().saturating_sub(1);
+    for (at, (line, document)) in documents.into_iter().enumerate() {
+        manifest.whole = document.ends_with('\n');
         match parse(document) {
             Ok(values) => {
                 for value in values {
@@ -49,7 +74,12 @@ pub fn read(text: &str) -> Manifest {
                 }
             }
             Err((inner, message)) => {
-                manifest.errors.push(ManifestError::Syntax { line: line + inner.saturating_sub(1), message })
+                manifest.errors.push(ManifestError::Syntax { line: line + inner.saturating_sub(1), message });
+                // The last document may be the torn one of a file that goes on.
+                let outline = Outline::of(document);
+                if at == last || outline.may_be_policy() {
+                    manifest.gaps.push(outline.namespace.map(Arc::from));
+                }
             }
         }
     }
@@ -95,6 +125,7 @@ impl Manifest {
     /// Takes one object, or those of a list.
     fn add(&mut self, line: u64, value: Value, depth: usize) {
         let Value::Object(mut object) = value else {
+            self.gaps.push(None);
             return self.refuse(line, "document", "", "is no object: a manifest has apiVersion, kind and metadata");
         };
         let text =
@@ -102,17 +133,29 @@ impl Manifest {
         let (api_version, kind) = (text(&object, "apiVersion"), text(&object, "kind"));
         if api_version.is_empty() || kind.is_empty() {
             let field = if kind.is_empty() { "kind" } else { "apiVersion" };
+            self.lose(&object);
             return self.refuse(line, &described(&kind, &object), field, "is missing, or no text");
         }
         if let (Some(item_kind), true) = (kind.strip_suffix("List"), object.contains_key("items")) {
             return self.add_items(line, &api_version, item_kind, object.remove("items"), depth);
         }
         let (group, version) = api_version.split_once('/').unwrap_or(("", &api_version));
-        let policy = match (group, kind.as_str()) {
-            (POLICY_GROUP, "AuthorizationPolicy") => Some(PolicyKind::AuthorizationPolicy),
-            (POLICY_GROUP, "PeerAuthentication") => Some(PolicyKind::PeerAuthentication),
+        let named = match kind.as_str() {
+            "AuthorizationPolicy" => Some(PolicyKind::AuthorizationPolicy),
+            "PeerAuthentication" => Some(PolicyKind::PeerAuthentication),
             _ => None,
         };
+        if group.is_empty() && named.is_some() {
+            self.lose(&object);
+            let fix = "is of no group: write security.istio.io/v1";
+            return self.refuse(line, &described(&kind, &object), "apiVersion", fix);
+        }
+        if group == POLICY_GROUP && named.is_none() && kind != REQUEST_AUTHENTICATION {
+            self.lose(&object);
+            let fix = "is no kind of security.istio.io: AuthorizationPolicy and PeerAuthentication are";
+            return self.refuse(line, &described(&kind, &object), "kind", fix);
+        }
+        let policy = named.filter(|_| group == POLICY_GROUP);
         let known_version = match policy {
             Some(_) => matches!(version, "v1" | "v1beta1"),
             None => version == "v1",
@@ -123,12 +166,19 @@ impl Manifest {
         );
         if policy.is_none() && !known_kind {
             tracing::debug!(object = described(&kind, &object), api_version, "Kind is of no use here, passed over");
+            if let Some(kind) = named {
+                self.foreign.push(found(line, kind, &object, &api_version));
+            }
             return;
         }
         let cluster_scoped = matches!(kind.as_str(), "Namespace" | "Node");
         if let Err((field, message)) = settle_names(&mut object, cluster_scoped) {
+            if policy.is_some() {
+                self.lose(&object);
+            }
             return self.refuse(line, &described(&kind, &object), field, message);
         }
+        self.policies.extend(policy.map(|policy| found(line, policy, &object, &api_version)));
         match policy {
             Some(policy) if !known_version => {
                 self.carry(
@@ -149,6 +199,9 @@ impl Manifest {
 
     fn add_items(&mut self, line: u64, api_version: &str, item_kind: &str, items: Option<Value>, depth: usize) {
         let Some(Value::Array(items)) = items.filter(|_| depth < limits::MANIFEST_LISTS) else {
+            if may_be_policy(item_kind) {
+                self.gaps.push(None);
+            }
             return self.refuse(line, &format!("{item_kind}List"), "items", "is no list, or lists are nested too deep");
         };
         for mut item in items {
@@ -232,6 +285,13 @@ impl Manifest {
         }));
     }
 
+    /// Notes that an object which may have been a policy is lost.
+    fn lose(&mut self, object: &Map<String, Value>) {
+        let namespace = object.get("metadata").and_then(|metadata| metadata.get("namespace")).and_then(Value::as_str);
+        let trusted = namespace.filter(|name| self.whole && kubernetes_name(name));
+        self.gaps.push(trusted.map(Arc::from));
+    }
+
     fn refuse(&mut self, line: u64, object: &str, field: &str, message: &str) {
         self.errors.push(ManifestError::Object {
             line,
@@ -240,6 +300,66 @@ impl Manifest {
             message: message.into(),
         });
     }
+}
+
+/// Whether an object of this kind, or of a list of it, may hold policies.
+fn may_be_policy(kind: &str) -> bool {
+    matches!(kind.strip_suffix("List").unwrap_or(kind), "" | "AuthorizationPolicy" | "PeerAuthentication")
+}
+
+/// What the lines of a document that is no YAML still say, where they are in the usual block style.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Outline<'a> {
+    kinds: Vec<&'a str>,
+    /// The one `metadata.namespace`.
+    namespace: Option<&'a str>,
+}
+
+impl<'a> Outline<'a> {
+    fn of(document: &'a str) -> Self {
+        let mut outline = Self::default();
+        let (mut in_metadata, mut indent, mut clash) = (false, None, false);
+        // A last line without its end may be half of one.
+        for line in document.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
+            let text = line.trim();
+            if text.is_empty() || text.starts_with('#') {
+                continue;
+            }
+            let depth = line.len() - line.trim_start().len();
+            if depth == 0 {
+                (in_metadata, indent) = (text == "metadata:", None);
+                outline.kinds.extend(scalar(text, "kind"));
+            } else if in_metadata
+                && *indent.get_or_insert(depth) == depth
+                && let Some(namespace) = scalar(text, "namespace")
+            {
+                clash |= outline.namespace.is_some_and(|other| other != namespace) || !kubernetes_name(namespace);
+                outline.namespace = Some(namespace);
+            }
+        }
+        // A list has objects of many namespaces.
+        if clash || outline.kinds.iter().any(|kind| kind.ends_with("List")) {
+            outline.namespace = None;
+        }
+        outline
+    }
+
+    fn may_be_policy(&self) -> bool {
+        self.kinds.is_empty() || self.kinds.iter().any(|kind| may_be_policy(kind))
+    }
+}
+
+/// The value of `key: value` on a line.
+fn scalar<'a>(line: &'a str, key: &str) -> Option<&'a str> {
+    let value = line.strip_prefix(key)?.strip_prefix(':')?;
+    let value = value.split_once(" #").map_or(value, |(value, _)| value).trim();
+    Some(value.trim_matches(['"', '\'']))
+}
+
+fn found(line: u64, kind: PolicyKind, object: &Map<String, Value>, api_version: &str) -> Found {
+    let metadata = |key| object.get("metadata").and_then(|metadata| metadata.get(key)).and_then(Value::as_str);
+    let name = format!("{}/{}", metadata("namespace").unwrap_or(DEFAULT_NAMESPACE), metadata("name").unwrap_or("?"));
+    Found { line, kind, name, api_version: api_version.into() }
 }
 
 /// `Kind namespace/name`, as far as readable.

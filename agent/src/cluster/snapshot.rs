@@ -32,6 +32,8 @@ pub struct Snapshot {
     pub peer_authentications: Vec<Arc<PeerAuthentication>>,
     /// Policies that could not be read as their kind. Carried, so that `policy` can deny where they hold.
     pub invalid_policies: Vec<Arc<InvalidPolicy>>,
+    /// Where policies may be missing, because what held them could not be read.
+    pub policy_gaps: Vec<Arc<PolicyGap>>,
     /// Namespace whose policies without a selector hold for the whole mesh.
     pub root_namespace: Arc<str>,
     /// What indexing found odd, and how it took it. For people: nothing decides by them.
@@ -57,6 +59,7 @@ impl Snapshot {
             authorization_policies,
             peer_authentications,
             invalid_policies,
+            policy_gaps,
             root_namespace,
             warnings,
         } = self;
@@ -67,6 +70,7 @@ impl Snapshot {
             && *authorization_policies == other.authorization_policies
             && *peer_authentications == other.peer_authentications
             && *invalid_policies == other.invalid_policies
+            && *policy_gaps == other.policy_gaps
             && *root_namespace == other.root_namespace
             && *warnings == other.warnings
     }
@@ -87,6 +91,16 @@ pub struct InvalidPolicy {
     pub message: String,
     /// False where the policy, as far as it is readable, decides nothing here: `istio.io/dry-run`, or `targetRefs`.
     pub decides: bool,
+}
+
+/// A part of the source that could not be read since the agent started, so that there is no earlier state to go on with: it
+/// may hold policies. Absent is not empty.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PolicyGap {
+    /// The file.
+    pub source: Arc<str>,
+    /// The namespace that the part names; `None` where nobody can say, which is every namespace.
+    pub namespace: Option<Arc<str>>,
 }
 
 /// The kinds of policy.

@@ -1,7 +1,7 @@
 //! The decision: a pure function of rules and request, and the only maker of a [`Permit`].
 //!
-//! Plaintext where TLS is required, then policies that can't be enforced, then DENY, then ALLOW. Whatever is unknown
-//! denies.
+//! Plaintext where TLS is required, then policies that can't be enforced, then DENY, then ALLOW, and a permit only where no
+//! policy may be missing. Whatever is unknown denies.
 
 use std::sync::Arc;
 
@@ -25,11 +25,16 @@ pub fn decide(rules: &Rulebook, request: &Request) -> Outcome {
     if let Some(policy) = selected.deny.iter().find(|policy| policy.matches(request)) {
         return Err(Denial::Explicit { policy: Arc::clone(&policy.name) });
     }
-    if selected.allow.is_empty() {
-        return Ok(Permit { by: None });
+    let by = if selected.allow.is_empty() {
+        None
+    } else {
+        Some(selected.allow.iter().find(|policy| policy.matches(request)).ok_or(Denial::NotAllowed)?)
+    };
+    match &selected.incomplete {
+        // Last, so that it is the reason only of what would be allowed.
+        Some(source) => Err(Denial::Incomplete { source_file: Arc::clone(source) }),
+        None => Ok(Permit { by: by.map(|policy| Arc::clone(&policy.name)) }),
     }
-    let allowing = selected.allow.iter().find(|policy| policy.matches(request));
-    allowing.map(|policy| Permit { by: Some(Arc::clone(&policy.name)) }).ok_or(Denial::NotAllowed)
 }
 
 /// What a dry-run policy would have done: it matched, and never decides.

@@ -10,6 +10,7 @@
 //! ```
 
 mod decide;
+mod explain;
 mod model;
 mod parse;
 mod rulebook;
@@ -17,6 +18,7 @@ mod rules;
 mod strictness;
 
 pub use decide::{Rehearsal, decide, rehearse};
+pub use explain::{Considered, Explanation, Miss, PlaintextRule, Role, explain};
 pub use model::{Denial, Outcome, Permit, Request};
 pub use rulebook::{Effect, Rulebook, Unenforceable};
 pub use rules::Action;

@@ -44,6 +44,9 @@ pub enum Denial {
     PlaintextRefused { policy: Arc<str> },
     #[error("policy can't be enforced, so it denies: {policy}")]
     Unenforceable { policy: Arc<str> },
+    /// What may hold policies could not be read since the agent started: nobody knows what they say.
+    #[error("policies may be missing, because a manifest can't be read: {source_file}")]
+    Incomplete { source_file: Arc<str> },
     /// The workload is not in the snapshot that the rules came from, so nothing is known of what selects it.
     #[error("no policy is known for workload {uid}")]
     UnknownWorkload { uid: Arc<str> },
@@ -58,6 +61,7 @@ impl Denial {
             Self::NotAllowed => "policy_not_allowed",
             Self::PlaintextRefused { .. } => "mtls_required",
             Self::Unenforceable { .. } => "policy_unenforceable",
+            Self::Incomplete { .. } => "policies_incomplete",
             Self::UnknownWorkload { .. } => "workload_unknown",
         }
     }
@@ -69,7 +73,7 @@ impl Denial {
             Self::Explicit { policy } | Self::PlaintextRefused { policy } | Self::Unenforceable { policy } => {
                 Some(policy)
             }
-            Self::NotAllowed | Self::UnknownWorkload { .. } => None,
+            Self::NotAllowed | Self::Incomplete { .. } | Self::UnknownWorkload { .. } => None,
         }
     }
 }

@@ -2,7 +2,10 @@
 //!
 //! A policy that can't be enforced is not left out: it denies for what it selects, and is on the list of problems.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use super::{
     parse::{self, Fault, Parsed},
@@ -10,7 +13,7 @@ use super::{
     strictness::{Levels, Strictness, Taken},
 };
 use crate::cluster::{
-    InvalidPolicy, PolicyKind, Snapshot, Workload,
+    InvalidPolicy, PolicyGap, PolicyKind, Snapshot, Workload,
     kinds::{AuthorizationPolicy, WorkloadSelector},
 };
 
@@ -60,7 +63,14 @@ impl Effect {
 pub struct Rulebook {
     workloads: HashMap<Arc<str>, Selected>,
     problems: Vec<Unenforceable>,
+    gaps: Vec<Arc<PolicyGap>>,
+    root_namespace: Arc<str>,
+    /// Every policy with what it is for, those that select nothing too: for explaining, not for deciding.
+    policies: ByNamespace,
 }
+
+/// Policies by namespace; `None` is the whole mesh.
+pub(super) type ByNamespace = HashMap<Option<Arc<str>>, Vec<(Scope, Compiled)>>;
 
 /// What holds for one workload.
 #[derive(Debug, Default)]
@@ -68,6 +78,8 @@ pub(super) struct Selected {
     pub strictness: Strictness,
     /// `namespace/name` of a policy that can't be enforced.
     pub unenforceable: Option<Arc<str>>,
+    /// What could not be read and may have held policies for it.
+    pub incomplete: Option<Arc<str>>,
     pub deny: Vec<Arc<Policy>>,
     pub allow: Vec<Arc<Policy>>,
     pub dry_run: Vec<Arc<Policy>>,
@@ -75,15 +87,15 @@ pub(super) struct Selected {
 
 /// A policy ready to be given to workloads.
 #[derive(Debug, Clone)]
-enum Compiled {
+pub(super) enum Compiled {
     Enforced(Arc<Policy>),
     Unenforceable(Arc<str>),
 }
 
 #[derive(Debug, Default)]
 struct Compiler {
-    /// By namespace; `None` is the whole mesh.
-    policies: HashMap<Option<Arc<str>>, Vec<(Scope, Compiled)>>,
+    policies: ByNamespace,
+    gaps: Vec<(Scope, Arc<str>)>,
     levels: Levels,
     problems: Vec<Unenforceable>,
 }
@@ -106,8 +118,27 @@ impl Rulebook {
         for policy in &snapshot.invalid_policies {
             compiler.add_invalid(policy, &snapshot.root_namespace);
         }
+        for gap in &snapshot.policy_gaps {
+            let scope = match &gap.namespace {
+                Some(namespace) => Scope::new(namespace, &snapshot.root_namespace, BTreeMap::new()),
+                None => Scope { namespace: None, labels: BTreeMap::new() },
+            };
+            compiler.gaps.push((scope, Arc::clone(&gap.source)));
+        }
         let workloads = snapshot.workloads.iter().map(|(uid, workload)| (Arc::clone(uid), compiler.select(workload)));
-        Self { workloads: workloads.collect(), problems: compiler.problems }
+        Self {
+            workloads: workloads.collect(),
+            problems: compiler.problems,
+            gaps: snapshot.policy_gaps.clone(),
+            root_namespace: Arc::clone(&snapshot.root_namespace),
+            policies: compiler.policies,
+        }
+    }
+
+    /// Where policies may be missing: connections there are denied.
+    #[must_use]
+    pub fn gaps(&self) -> &[Arc<PolicyGap>] {
+        &self.gaps
     }
 
     /// What is not enforced as written, in the order of the snapshot's policies.
@@ -118,6 +149,20 @@ impl Rulebook {
 
     pub(super) fn of(&self, uid: &str) -> Option<&Selected> {
         self.workloads.get(uid)
+    }
+
+    /// What is not enforced as written among the policies that may be for a namespace's workloads.
+    pub(super) fn problems_at(&self, namespace: &str) -> impl Iterator<Item = &Unenforceable> {
+        self.problems.iter().filter(move |problem| {
+            let of = problem.policy.split_once('/').map_or("", |(namespace, _)| namespace);
+            of == namespace || *of == *self.root_namespace
+        })
+    }
+
+    /// Policies of the whole mesh, then of a namespace, whether they select its workloads or not.
+    pub(super) fn policies(&self, namespace: &Arc<str>) -> impl Iterator<Item = &(Scope, Compiled)> {
+        let of = |namespace: Option<Arc<str>>| self.policies.get(&namespace).into_iter().flatten();
+        of(None).chain(of(Some(Arc::clone(namespace))))
     }
 }
 
@@ -204,6 +249,8 @@ impl Compiler {
     fn select(&self, workload: &Workload) -> Selected {
         let mut selected =
             Selected { strictness: self.levels.of(&workload.namespace, &workload.labels), ..Selected::default() };
+        let missing = |scope: &Scope| scope.namespace.as_ref().is_none_or(|of| *of == workload.namespace);
+        selected.incomplete = self.gaps.iter().find(|(scope, _)| missing(scope)).map(|(_, source)| Arc::clone(source));
         let of = |namespace: Option<Arc<str>>| self.policies.get(&namespace).into_iter().flatten();
         for (scope, compiled) in of(None).chain(of(Some(Arc::clone(&workload.namespace)))) {
             if !scope.selects(&workload.labels) {

@@ -3,7 +3,7 @@
 //! Rules OR; from, to and when AND; entries inside from and to OR; the fields of an entry AND; the values of a field OR,
 //! and of a `not` field none may match. Strings are compared whole or by one end, never as patterns of any other kind.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 
@@ -15,6 +15,17 @@ use crate::identity::SpiffeId;
 pub enum Action {
     Allow,
     Deny,
+}
+
+impl Action {
+    /// As it is written in a policy.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Allow => "ALLOW",
+            Self::Deny => "DENY",
+        }
+    }
 }
 
 /// A policy that can be enforced, whole.
@@ -66,11 +77,11 @@ pub struct Values<T> {
 }
 
 impl<T> Values<T> {
-    fn matches(&self, one: impl Fn(&T) -> bool) -> bool {
+    pub fn matches(&self, one: impl Fn(&T) -> bool) -> bool {
         self.any.as_ref().is_none_or(|any| any.iter().any(&one)) && !self.none.iter().any(&one)
     }
 
-    fn is_absent(&self) -> bool {
+    pub fn is_absent(&self) -> bool {
         self.any.is_none() && self.none.is_empty()
     }
 }
@@ -117,13 +128,25 @@ pub enum Text {
 
 impl Text {
     /// A peer without identity has no text, which nothing matches.
-    fn matches(&self, text: Option<&str>) -> bool {
+    pub fn matches(&self, text: Option<&str>) -> bool {
         let Some(text) = text else { return false };
         match self {
             Self::Exact(exact) => text == &**exact,
             Self::Prefix(prefix) => text.starts_with(&**prefix),
             Self::Suffix(suffix) => text.ends_with(&**suffix),
             Self::Present => !text.is_empty(),
+        }
+    }
+}
+
+/// As it is written in a policy.
+impl fmt::Display for Text {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exact(exact) => f.write_str(exact),
+            Self::Prefix(prefix) => write!(f, "{prefix}*"),
+            Self::Suffix(suffix) => write!(f, "*{suffix}"),
+            Self::Present => f.write_str("*"),
         }
     }
 }
@@ -135,8 +158,14 @@ pub struct ServiceAccount {
     pub name: Box<str>,
 }
 
+impl fmt::Display for ServiceAccount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
 impl ServiceAccount {
-    fn is(&self, id: Option<&SpiffeId>) -> bool {
+    pub fn is(&self, id: Option<&SpiffeId>) -> bool {
         id.is_some_and(|id| id.namespace() == &*self.namespace && id.service_account() == &*self.name)
     }
 }
@@ -193,6 +222,6 @@ impl Condition {
 }
 
 /// An IPv4 address is the same in its IPv6-mapped form; blocks are kept unmapped.
-fn contains(block: &IpNet, address: IpAddr) -> bool {
+pub fn contains(block: &IpNet, address: IpAddr) -> bool {
     block.contains(&address.to_canonical())
 }

@@ -18,16 +18,41 @@ use crate::cluster::kinds::{MutualTls, PeerAuthenticationSpec};
 /// Where a workload refuses plaintext, and by which policy (`namespace/name`).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Strictness {
-    /// Ports with a mode of their own; `None` is open.
-    ports: BTreeMap<u16, Option<Arc<str>>>,
+    /// Ports with a mode of their own.
+    ports: BTreeMap<u16, Answer>,
     /// Every other port.
-    others: Option<Arc<str>>,
+    others: Answer,
+}
+
+/// What holds for a port, and who says so.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+enum Answer {
+    Strict(Arc<str>),
+    Open(Arc<str>),
+    /// Nobody says anything: open.
+    #[default]
+    Unsaid,
 }
 
 impl Strictness {
     /// The policy that refuses plaintext to a pod's port.
     pub fn refuses(&self, port: u16) -> Option<&Arc<str>> {
-        self.ports.get(&port).unwrap_or(&self.others).as_ref()
+        match self.answer(port) {
+            Answer::Strict(policy) => Some(policy),
+            Answer::Open(_) | Answer::Unsaid => None,
+        }
+    }
+
+    /// The policy that decides about a port's plaintext, whatever it says.
+    pub fn by(&self, port: u16) -> Option<&Arc<str>> {
+        match self.answer(port) {
+            Answer::Strict(policy) | Answer::Open(policy) => Some(policy),
+            Answer::Unsaid => None,
+        }
+    }
+
+    fn answer(&self, port: u16) -> &Answer {
+        self.ports.get(&port).unwrap_or(&self.others)
     }
 }
 
@@ -43,8 +68,9 @@ struct Level {
 }
 
 impl Level {
-    fn answer(&self, strict: Mode) -> Option<Option<Arc<str>>> {
-        strict.map(|strict| strict.then(|| Arc::clone(&self.policy)))
+    fn answer(&self, strict: Mode) -> Option<Answer> {
+        let policy = Arc::clone(&self.policy);
+        strict.map(|strict| if strict { Answer::Strict(policy) } else { Answer::Open(policy) })
     }
 }
 
@@ -113,12 +139,12 @@ impl Levels {
         let in_scope =
             |scope: &Scope| scope.namespace.as_deref().is_none_or(|of| of == namespace) && scope.selects(labels);
         if let Some((policy, _)) = self.faulty.iter().find(|(_, scope)| in_scope(scope)) {
-            return Strictness { ports: BTreeMap::new(), others: Some(Arc::clone(policy)) };
+            return Strictness { ports: BTreeMap::new(), others: Answer::Strict(Arc::clone(policy)) };
         }
         let workload = self.workloads.get(namespace).into_iter().flatten().find(|level| level.scope.selects(labels));
         let of_namespace = self.namespaces.get(namespace).and_then(|levels| levels.first());
         let levels = [workload, of_namespace, self.mesh.first()];
-        let others = levels.into_iter().flatten().find_map(|level| level.answer(level.strict)).flatten();
+        let others = levels.into_iter().flatten().find_map(|level| level.answer(level.strict)).unwrap_or_default();
         let own = |level: &Level| {
             let ports = level.ports.iter();
             ports.map(|(port, strict)| (*port, level.answer(*strict).unwrap_or_else(|| others.clone()))).collect()

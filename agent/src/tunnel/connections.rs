@@ -255,12 +255,14 @@ impl Drop for Carried {
 
 /// Decides every live inbound connection again and closes those that are no longer allowed. Gives how many.
 ///
-/// A connection is registered before it is first decided, so a change of the rules meets it either here or there.
+/// A connection is registered before it is first decided, so a change of the rules meets it either here or there. A file that
+/// can't be read says nothing against what was allowed before it came: it stops new connections only.
 pub fn reconsider(registry: &Registry, rules: &Rulebook) -> usize {
     let mut closed = 0;
     for connection in registry.live() {
         let Some(request) = &connection.request else { continue };
         if let Err(denial) = policy::decide(rules, request)
+            && !matches!(denial, policy::Denial::Incomplete { .. })
             && connection.revoked.set(denial).is_ok()
         {
             connection.cancel.cancel();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{ROOT, authorization, cluster, request, rules, verdict, workload};
 use crate::{
-    cluster::{InvalidPolicy, PolicyKind},
+    cluster::{InvalidPolicy, PolicyGap, PolicyKind},
     policy::{Action, Denial, Effect, Rehearsal, Request, Rulebook, decide, rehearse},
 };
 
@@ -449,4 +449,34 @@ fn dry_run_policy_never_decides_but_tells_what_it_would_have_done() {
     assert_eq!(verdict(&unenforceable, &request()), "allowed");
     assert_eq!(unenforceable.problems()[0].effect, Effect::Nothing);
     assert_eq!(verdict(&rules(&[dry("{action: DENY, rules: [{}]}", "false")]), &request()), "policy_denied shop/p");
+}
+
+#[test]
+fn where_policies_may_be_missing_nothing_is_allowed_and_what_is_denied_anyway_keeps_its_reason() {
+    let gap = |namespace: Option<&str>| {
+        Arc::new(PolicyGap { source: "/manifests/torn.yaml".into(), namespace: namespace.map(Arc::from) })
+    };
+    let table = [
+        (Some("shop"), ["shop/web", "shop/db"].as_slice()),
+        (Some("nowhere"), &[]),
+        (Some(ROOT), &["shop/web", "shop/db", "bank/web", "istio-system/web"]),
+        (None, &["shop/web", "shop/db", "bank/web", "istio-system/web"]),
+    ];
+    for (namespace, denied) in table {
+        let mut snapshot = cluster(&[authorization("shop/allow", "{rules: [{}]}")], &[]);
+        snapshot.policy_gaps = vec![gap(namespace)];
+        let rules = Rulebook::compile(&snapshot);
+        for pod in ["shop/web", "shop/db", "bank/web", "istio-system/web"] {
+            let (namespace, app) = pod.split_once('/').unwrap();
+            let request = Request { destination: workload(namespace, app), ..request() };
+            let answer = decide(&rules, &request);
+            let incomplete = matches!(&answer, Err(denial) if denial.reason() == "policies_incomplete");
+            assert_eq!(incomplete, denied.contains(&pod), "{namespace:?} at {pod}: {answer:?}");
+            assert!(incomplete || answer.is_ok());
+        }
+    }
+    let mut snapshot = cluster(&[authorization("shop/p", "{action: DENY, rules: [{}]}")], &[]);
+    snapshot.policy_gaps = vec![gap(None)];
+    assert_eq!(verdict(&Rulebook::compile(&snapshot), &request()), "policy_denied shop/p");
+    assert_eq!(Rulebook::compile(&snapshot).gaps().len(), 1);
 }

@@ -1,6 +1,7 @@
 //! Every sentence of the semantics as a table, and `decide` against a naive model over random policies.
 
 mod authorization;
+mod explanation;
 mod peer_authentication;
 mod property;
 

@@ -10,14 +10,18 @@ use proptest::{prelude::*, sample::select};
 use super::{ROOT, cluster, workload};
 use crate::{
     cluster::{
-        Workload,
+        PolicyGap, Workload,
         kinds::{
             AuthorizationPolicy, AuthorizationPolicySpec, Condition, From, MutualTls, Operation, PeerAuthentication,
             PeerAuthenticationSpec, Rule, Source, To, WorkloadSelector,
         },
     },
     identity::SpiffeId,
-    policy::{Request, Rulebook, decide},
+    policy::{
+        Explanation, Request, Role, Rulebook, decide,
+        explain::{explain, misses},
+        rulebook::Compiled,
+    },
 };
 
 const PRINCIPALS: [&str; 6] = [
@@ -45,8 +49,14 @@ const BAD: [&str; 4] = ["", "a*b", "spiffe://x", "*x*"];
 
 // --- The model.
 
-/// Whether plaintext is refused, then whether the policies deny; in the words of the specification.
-fn model(policies: &[AuthorizationPolicy], peers: &[PeerAuthentication], request: &Request) -> &'static str {
+/// Whether plaintext is refused, then whether the policies deny, then whether some may be missing; in the words of the
+/// specification. `gaps` are namespaces with unread files.
+fn model(
+    policies: &[AuthorizationPolicy],
+    peers: &[PeerAuthentication],
+    gaps: &[Option<&str>],
+    request: &Request,
+) -> &'static str {
     let pod = &request.destination;
     if request.principal.is_none() && strict(peers, pod, request.destination_port) {
         return "mtls_required";
@@ -63,11 +73,13 @@ fn model(policies: &[AuthorizationPolicy], peers: &[PeerAuthentication], request
         return "policy_denied";
     }
     let allows: Vec<_> = mine.iter().filter(|policy| action(policy) == "ALLOW").collect();
-    if allows.is_empty() || allows.iter().any(|policy| matches(policy, request)) {
-        "allowed"
-    } else {
-        "policy_not_allowed"
+    if !allows.is_empty() && !allows.iter().any(|policy| matches(policy, request)) {
+        return "policy_not_allowed";
     }
+    if gaps.iter().any(|gap| gap.is_none_or(|namespace| namespace == ROOT || namespace == &*pod.namespace)) {
+        return "policies_incomplete";
+    }
+    "allowed"
 }
 
 fn in_scope(namespace: &str, selector: Option<&WorkloadSelector>, pod: &Workload) -> bool {
@@ -342,9 +354,42 @@ prop_compose! {
 }
 
 fn compile(policies: &[AuthorizationPolicy], peers: &[PeerAuthentication]) -> Rulebook {
+    compile_with_gaps(policies, peers, &[])
+}
+
+fn compile_with_gaps(
+    policies: &[AuthorizationPolicy],
+    peers: &[PeerAuthentication],
+    gaps: &[Option<&str>],
+) -> Rulebook {
     let policies: Vec<_> = policies.iter().cloned().map(Arc::new).collect();
     let peers: Vec<_> = peers.iter().cloned().map(Arc::new).collect();
-    Rulebook::compile(&cluster(&policies, &peers))
+    let mut snapshot = cluster(&policies, &peers);
+    let gap = |namespace: &Option<&str>| PolicyGap { source: "f".into(), namespace: namespace.map(Arc::from) };
+    snapshot.policy_gaps = gaps.iter().map(gap).map(Arc::new).collect();
+    Rulebook::compile(&snapshot)
+}
+
+/// Mostly none.
+fn gaps() -> impl Strategy<Value = Vec<Option<&'static str>>> {
+    let one = select(vec![Some("shop"), Some("bank"), Some(ROOT), None]);
+    prop_oneof![6 => Just(Vec::new()), 1 => prop::collection::vec(one, 1..3)]
+}
+
+/// What the parts of an explanation come to, in the words of the specification.
+fn conclusion(explained: &Explanation, plaintext: bool) -> &'static str {
+    let with = |role, action: &'static str| {
+        explained.policies.iter().filter(move |policy| policy.role == role && policy.action == action)
+    };
+    let allow = || with(Role::Decides, "ALLOW");
+    match () {
+        () if plaintext && explained.plaintext.refused => "mtls_required",
+        () if with(Role::Unenforceable, "").next().is_some() => "policy_unenforceable",
+        () if with(Role::Decides, "DENY").any(|policy| policy.matched) => "policy_denied",
+        () if allow().next().is_some() && !allow().any(|policy| policy.matched) => "policy_not_allowed",
+        () if !explained.gaps.is_empty() => "policies_incomplete",
+        () => "allowed",
+    }
 }
 
 fn reason(rules: &Rulebook, request: &Request) -> &'static str {
@@ -358,11 +403,38 @@ proptest! {
     fn decide_agrees_with_the_model(
         policies in prop::collection::vec(authorization(), 0..5),
         peers in prop::collection::vec(peer_authentication(), 0..4),
-        requests in prop::collection::vec(request(), 8),
+        gaps in gaps(),
+        requests in prop::collection::vec(request(), 32),
     ) {
-        let rules = compile(&policies, &peers);
+        let rules = compile_with_gaps(&policies, &peers, &gaps);
         for request in &requests {
-            prop_assert_eq!(reason(&rules, request), model(&policies, &peers, request), "{:?}", request);
+            prop_assert_eq!(reason(&rules, request), model(&policies, &peers, &gaps, request), "{:?}", request);
+        }
+    }
+
+    #[test]
+    fn an_explanation_says_what_decide_says_and_its_parts_come_to_the_same(
+        policies in prop::collection::vec(authorization(), 0..5),
+        peers in prop::collection::vec(peer_authentication(), 0..4),
+        gaps in gaps(),
+        requests in prop::collection::vec(request(), 4),
+    ) {
+        let rules = compile_with_gaps(&policies, &peers, &gaps);
+        for request in &requests {
+            let explained = explain(&rules, request);
+            let answer = reason(&rules, request);
+            prop_assert_eq!(if explained.allowed { "allowed" } else { &*explained.reason }, answer);
+            prop_assert_eq!(conclusion(&explained, request.principal.is_none()), answer, "{:?}", explained);
+            for policy in explained.policies.iter().filter(|policy| policy.role == Role::Decides) {
+                prop_assert_eq!(policy.matched, policy.misses.is_empty(), "{:?}", policy);
+            }
+            for (_, compiled) in rules.policies(&request.destination.namespace) {
+                if let Compiled::Enforced(policy) = compiled {
+                    let rules = policy.rules.len().max(1);
+                    let missed = misses(policy, request).len();
+                    prop_assert_eq!(missed < rules, policy.matches(request), "{:?}: {:?}", policy, request);
+                }
+            }
         }
     }
 
@@ -407,14 +479,25 @@ proptest! {
 fn random_policies_meet_every_answer() {
     use proptest::{strategy::ValueTree, test_runner::TestRunner};
     let mut runner = TestRunner::deterministic();
-    let all =
-        (prop::collection::vec(authorization(), 0..5), prop::collection::vec(peer_authentication(), 0..4), request());
+    let all = (
+        prop::collection::vec(authorization(), 0..5),
+        prop::collection::vec(peer_authentication(), 0..4),
+        gaps(),
+        request(),
+    );
     let mut met: BTreeMap<&str, u32> = BTreeMap::new();
     for _ in 0..4_096 {
-        let (policies, peers, request) = all.new_tree(&mut runner).unwrap().current();
-        *met.entry(model(&policies, &peers, &request)).or_default() += 1;
+        let (policies, peers, gaps, request) = all.new_tree(&mut runner).unwrap().current();
+        *met.entry(model(&policies, &peers, &gaps, &request)).or_default() += 1;
     }
-    for answer in ["allowed", "mtls_required", "policy_denied", "policy_not_allowed", "policy_unenforceable"] {
+    for answer in [
+        "allowed",
+        "mtls_required",
+        "policy_denied",
+        "policy_not_allowed",
+        "policy_unenforceable",
+        "policies_incomplete",
+    ] {
         assert!(met.get(answer).is_some_and(|count| *count > 100), "{answer} is too rare: {met:?}");
     }
 }
