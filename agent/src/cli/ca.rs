@@ -8,7 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::{
     identity::ca::{CaConfig, ROOT_LIFETIME, RootSource, serve},
     life::{
-        config::{ConfigError, lifetime, listen, trust_domain},
+        config::{ConfigError, TRUST_DOMAIN, lifetime, listen, trust_domain},
         log, start,
     },
     telemetry::Format,
@@ -20,7 +20,7 @@ pub(super) struct Args {
     #[arg(long, env = "HEDDLE_CA_LISTEN", default_value = "[::]:15012", value_name = "ADDRESS")]
     listen: String,
     /// SPIFFE trust domain of the mesh.
-    #[arg(long, env = "HEDDLE_TRUST_DOMAIN", default_value = "cluster.local", value_name = "NAME")]
+    #[arg(long, env = "HEDDLE_TRUST_DOMAIN", default_value = TRUST_DOMAIN, value_name = "NAME")]
     trust_domain: String,
     /// Issuing certificate, and those above it (PEM). Without it a root is made in memory and ends with the process.
     #[arg(long, env = "HEDDLE_CA_ROOT_CERTIFICATE", requires = "root_key", value_name = "FILE")]

@@ -7,6 +7,7 @@ mod ask;
 mod ca;
 mod certs;
 mod connections;
+mod policy;
 mod probe;
 mod status;
 mod table;
@@ -40,6 +41,9 @@ enum Verb {
     Connections(connections::Args),
     /// Show the certificates that this node's agent holds.
     Certs(certs::Args),
+    /// Check policies before they are applied, and explain decisions.
+    #[command(subcommand)]
+    Policy(policy::Verb),
     /// Take heddle's programs, routes and pins away from every pod of this node.
     Uninstall(uninstall::Args),
     /// Connect as a process of a pod would, and print what answers. Started by the agent.
@@ -59,6 +63,7 @@ impl Cli {
             Verb::Status(args) => args.run(),
             Verb::Connections(args) => args.run(),
             Verb::Certs(args) => args.run(),
+            Verb::Policy(verb) => verb.run(),
             Verb::Uninstall(args) => args.run(),
             Verb::Probe(args) => args.run(),
         }

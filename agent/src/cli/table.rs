@@ -19,7 +19,7 @@ pub(super) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-fn plain(cell: &str) -> String {
+pub(super) fn plain(cell: &str) -> String {
     if cell.is_empty() {
         return "-".to_owned();
     }

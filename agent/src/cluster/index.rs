@@ -12,7 +12,7 @@ use std::{
 use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 
 use super::{
-    AnnotatedPlaces, Objects, Places, Snapshot, Unattended, Warning, Workload,
+    AnnotatedPlaces, Objects, Places, PolicyGap, Snapshot, Unattended, Warning, Workload,
     enrolment::{self, Wish},
     naming, services,
 };
@@ -87,9 +87,19 @@ pub fn index(parts: &[Arc<Objects>], settings: &Settings, generation: u64) -> Sn
             &policy.metadata
         }),
         invalid_policies: invalid,
-        policy_gaps: parts.iter().flat_map(|part| &part.policy_gaps).cloned().collect(),
+        policy_gaps: parts.iter().flat_map(|part| &part.policy_gaps).map(|gap| whole_mesh(gap, settings)).collect(),
         root_namespace: Arc::clone(&settings.root_namespace),
         warnings,
+    }
+}
+
+/// What may be missing from the root namespace may be missing everywhere.
+fn whole_mesh(gap: &Arc<PolicyGap>, settings: &Settings) -> Arc<PolicyGap> {
+    match &gap.namespace {
+        Some(namespace) if **namespace == *settings.root_namespace => {
+            Arc::new(PolicyGap { source: Arc::clone(&gap.source), namespace: None })
+        }
+        _ => Arc::clone(gap),
     }
 }
 

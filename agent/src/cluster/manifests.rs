@@ -74,6 +74,15 @@ impl ManifestError {
         }
     }
 
+    /// Line (from 1), where it is known.
+    #[must_use]
+    pub fn line(&self) -> Option<u64> {
+        match self {
+            Self::Syntax { line, .. } | Self::Object { line, .. } | Self::Policy { line, .. } => Some(*line),
+            _ => None,
+        }
+    }
+
     /// What to do about it.
     #[must_use]
     pub fn fix(&self) -> &'static str {
@@ -278,19 +287,24 @@ impl Directory {
     }
 
     fn duplicates(&self) -> Vec<Problem> {
-        let mut seen: HashMap<(&str, &str, &str), &Path> = HashMap::new();
-        let mut duplicates = Vec::new();
-        for (file, known) in &self.files {
-            for key @ (kind, namespace, name) in names(&known.objects) {
-                let Some(other) = seen.insert(key, file) else { continue };
-                let separator = if namespace.is_empty() { "" } else { "/" };
-                let object = format!("{kind} {namespace}{separator}{name}");
-                let error = ManifestError::Duplicate { object, other: other.to_owned() };
-                duplicates.push(Problem { file: file.clone(), error, in_force: InForce::Current });
-            }
-        }
-        duplicates
+        duplicates(self.files.iter().map(|(file, known)| (file.as_path(), &*known.objects)))
     }
+}
+
+/// Objects that are there more than once: the later one holds.
+pub fn duplicates<'a>(files: impl Iterator<Item = (&'a Path, &'a Objects)>) -> Vec<Problem> {
+    let mut seen: HashMap<(&str, &str, &str), &Path> = HashMap::new();
+    let mut duplicates = Vec::new();
+    for (file, objects) in files {
+        for key @ (kind, namespace, name) in names(objects) {
+            let Some(other) = seen.insert(key, file) else { continue };
+            let separator = if namespace.is_empty() { "" } else { "/" };
+            let object = format!("{kind} {namespace}{separator}{name}");
+            let error = ManifestError::Duplicate { object, other: other.to_owned() };
+            duplicates.push(Problem { file: file.to_owned(), error, in_force: InForce::Current });
+        }
+    }
+    duplicates
 }
 
 /// Objects of a file, and where it may have held policies that are not among them.
@@ -325,7 +339,10 @@ fn names(objects: &Objects) -> impl Iterator<Item = (&'static str, &str, &str)> 
 }
 
 /// Paths of the manifests in a directory, sorted. Hidden files and what editors leave behind don't count.
-fn list(directory: &Path) -> Result<Vec<PathBuf>, io::Error> {
+///
+/// # Errors
+/// When the directory can't be listed.
+pub fn list(directory: &Path) -> Result<Vec<PathBuf>, io::Error> {
     let mut paths = Vec::new();
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
@@ -341,6 +358,14 @@ fn list(directory: &Path) -> Result<Vec<PathBuf>, io::Error> {
 fn is_manifest(name: &str) -> bool {
     let extension = name.rsplit_once('.').map(|(_, extension)| extension);
     matches!(extension, Some("yaml" | "yml" | "json")) && !name.starts_with(['.', '#', '~'])
+}
+
+/// A file's text.
+///
+/// # Errors
+/// When it can't be read, is too large, or is no text.
+pub fn text(path: &Path) -> Result<String, ManifestError> {
+    contents(path).map(|(_, text)| text)
 }
 
 /// A file's text, with the stamp it had before and after reading; no stamp if it changed meanwhile.

@@ -19,9 +19,11 @@ mod snapshot;
 mod watch;
 
 pub use index::{Settings, index};
+pub(crate) use manifests::{Directory, duplicates, list, text};
 pub use manifests::{InForce, ManifestError, Problem};
 pub use objects::Objects;
 pub use places::{AnnotatedPlaces, Places};
+pub(crate) use read::{Found, Manifest, read};
 pub use snapshot::{
     Endpoint, InvalidPolicy, Naming, Place, PolicyGap, PolicyKind, Service, ServicePort, Snapshot, Unattended, View,
     Warning, Workload,

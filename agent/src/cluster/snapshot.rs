@@ -103,6 +103,14 @@ pub struct PolicyGap {
     pub namespace: Option<Arc<str>>,
 }
 
+impl PolicyGap {
+    /// Which workloads it is about, for people.
+    #[must_use]
+    pub fn place(&self) -> String {
+        self.namespace.as_ref().map_or_else(|| "every pod of the node".into(), |name| format!("namespace {name}"))
+    }
+}
+
 /// The kinds of policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PolicyKind {

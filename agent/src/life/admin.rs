@@ -13,7 +13,12 @@ use std::{
     time::SystemTime,
 };
 
-use axum::{Json, Router, extract::State, routing::get};
+use axum::{
+    Json, Router,
+    extract::{Query, State},
+    http::StatusCode,
+    routing::get,
+};
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
@@ -21,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::http;
 use crate::{
     identity::CertificateStatus,
+    policy::{Explained, Question, QuestionError},
     telemetry::{PodReport, direction_name, named, seconds_until, security_name},
     tunnel::Connection,
 };
@@ -166,6 +172,7 @@ pub struct Answers {
     pub status: Box<dyn Fn() -> Status + Send + Sync>,
     pub connections: Box<dyn Fn() -> Vec<ConnectionLine> + Send + Sync>,
     pub certificates: Box<dyn Fn() -> Vec<CertificateLine> + Send + Sync>,
+    pub explain: Box<dyn Fn(&Question) -> Result<Explained, QuestionError> + Send + Sync>,
 }
 
 impl fmt::Debug for Answers {
@@ -179,7 +186,15 @@ fn router(answers: Arc<Answers>) -> Router {
         .route("/status", get(async |State(answers): State<Arc<Answers>>| Json((answers.status)())))
         .route("/connections", get(async |State(answers): State<Arc<Answers>>| Json((answers.connections)())))
         .route("/certificates", get(async |State(answers): State<Arc<Answers>>| Json((answers.certificates)())))
+        .route("/policy/explain", get(explain))
         .with_state(answers)
+}
+
+async fn explain(
+    State(answers): State<Arc<Answers>>,
+    Query(question): Query<Question>,
+) -> Result<Json<Explained>, (StatusCode, String)> {
+    (answers.explain)(&question).map(Json).map_err(|error| (StatusCode::BAD_REQUEST, error.to_string()))
 }
 
 /// Why there is no admin socket.

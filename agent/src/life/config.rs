@@ -14,6 +14,10 @@ use crate::{
 pub const ADMIN_SOCKET: &str = "/run/heddle/admin.sock";
 /// Where pins are kept unless configured otherwise.
 pub const BPFFS: &str = "/sys/fs/bpf/heddle";
+/// Namespace of the policies for the whole mesh unless configured otherwise.
+pub const ROOT_NAMESPACE: &str = "heddle-system";
+/// Trust domain unless configured otherwise.
+pub const TRUST_DOMAIN: &str = "cluster.local";
 
 /// Exit status of a configuration that can't work (`EX_USAGE` of sysexits.h).
 pub const EXIT_USAGE: u8 = 64;
@@ -31,10 +35,10 @@ pub struct Raw {
     #[arg(long, env = "HEDDLE_MANIFESTS", value_name = "DIR")]
     pub manifests: PathBuf,
     /// SPIFFE trust domain of the mesh.
-    #[arg(long, env = "HEDDLE_TRUST_DOMAIN", default_value = "cluster.local", value_name = "NAME")]
+    #[arg(long, env = "HEDDLE_TRUST_DOMAIN", default_value = TRUST_DOMAIN, value_name = "NAME")]
     pub trust_domain: String,
     /// Namespace whose policies without a selector hold for the whole mesh.
-    #[arg(long, env = "HEDDLE_ROOT_NAMESPACE", default_value = "heddle-system", value_name = "NAME")]
+    #[arg(long, env = "HEDDLE_ROOT_NAMESPACE", default_value = ROOT_NAMESPACE, value_name = "NAME")]
     pub root_namespace: String,
     /// Name of the cluster in metrics, in baggage and to the CA.
     #[arg(long, env = "HEDDLE_CLUSTER_ID", default_value = "Kubernetes", value_name = "NAME")]

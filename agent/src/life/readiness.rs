@@ -4,6 +4,7 @@
 //! be: it ends with its owner, and one whose owner hangs shows its name.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -19,7 +20,7 @@ pub struct Readiness {
 #[derive(Debug, Default)]
 struct Waits {
     next: u64,
-    for_what: BTreeMap<u64, &'static str>,
+    for_what: BTreeMap<u64, Cow<'static, str>>,
 }
 
 /// Keeps the agent from being ready until it is dropped.
@@ -32,19 +33,19 @@ pub struct Blocker {
 
 impl Readiness {
     /// `what` is for people, such as `the first snapshot of the cluster`.
-    pub fn block(&self, what: &'static str) -> Blocker {
+    pub fn block(&self, what: impl Into<Cow<'static, str>>) -> Blocker {
         let mut waits = self.waits();
         let id = waits.next;
         waits.next += 1;
-        waits.for_what.insert(id, what);
+        waits.for_what.insert(id, what.into());
         drop(waits);
         Blocker { readiness: self.clone(), id }
     }
 
     /// What is waited for, in the order in which it was asked for; empty when the agent is ready.
     #[must_use]
-    pub fn waiting_for(&self) -> Vec<&'static str> {
-        self.waits().for_what.values().copied().collect()
+    pub fn waiting_for(&self) -> Vec<Cow<'static, str>> {
+        self.waits().for_what.values().cloned().collect()
     }
 
     fn waits(&self) -> MutexGuard<'_, Waits> {

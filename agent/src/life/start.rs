@@ -1,6 +1,6 @@
 //! Makes the stages in the order of the journey, runs them until a signal, and drains.
 
-use std::{io, sync::Arc};
+use std::{borrow::Cow, io, sync::Arc};
 
 use arc_swap::ArcSwap;
 use axum::{Router, extract::State, http::StatusCode, routing::get};
@@ -29,10 +29,13 @@ use crate::{
     capture::{self, CaptureConfig, CaptureError, ProbeCommand},
     cluster::{self, SourceError},
     identity::{CaClientConfig, Certificates, IdentityError},
-    policy::Rulebook,
+    policy::{self, Rulebook},
     telemetry::{AccessLog, Destination, PodReport, Sources, Telemetry, TelemetryError},
     tunnel::{Context, Observer, Registry},
 };
+
+/// What readiness waits for until each pod of the node was tried.
+const FIRST_PASS: &str = "the first pass over this node's pods";
 
 /// Why the agent could not start.
 #[derive(Debug, thiserror::Error)]
@@ -119,7 +122,7 @@ async fn agent(config: Config) -> Result<(), StartError> {
     let reading = readiness.block("the first snapshot of the cluster");
     let mapping = readiness.block("the kernel's maps");
     let certifying = readiness.block("a first certificate");
-    let enrolling = readiness.block("the first pass over this node's pods");
+    let enrolling = readiness.block(FIRST_PASS);
 
     let (log, _written_at_the_end) = AccessLog::open(&config.access_log, config.log_format).map_err(|error| {
         let path = match &config.access_log {
@@ -144,7 +147,6 @@ async fn agent(config: Config) -> Result<(), StartError> {
         capture::Handle::start(CaptureConfig { bpffs: config.bpffs.clone(), probe: ProbeCommand::default() }).await?;
     drop(mapping);
     let (view, source) = read_cluster(&config).await?;
-    drop(reading);
     let certificates = Certificates::start(CaClientConfig {
         address: config.ca_address.clone(),
         server_name: config.ca_name.clone(),
@@ -183,7 +185,8 @@ async fn agent(config: Config) -> Result<(), StartError> {
     let enrolment = Enrolment::new(context.clone(), Arc::clone(&config.node), pods, enrolling, stop.clone());
     let enrolment = tokio::spawn(enrolment.run(view.clone()));
     tokio::spawn(first_certificate(context.certificates.clone(), readiness.clone(), certifying));
-    tokio::spawn(sweep(telemetry, view, stop.clone()));
+    tokio::spawn(sweep(telemetry, view.clone(), stop.clone()));
+    tokio::spawn(incomplete(view, readiness.clone(), reading, stop.clone()));
     tracing::info!(
         node = %config.node,
         version = env!("CARGO_PKG_VERSION"),
@@ -267,6 +270,7 @@ impl Known {
     fn sources(&self) -> Sources {
         let (live, capture, certificates, rules) =
             (self.context.clone(), self.context.clone(), self.context.clone(), self.context.clone());
+        let gaps = self.context.clone();
         let (pods, problems) = (self.pods.clone(), self.problems.clone());
         Sources {
             live: Box::new(move || live.registry.live()),
@@ -277,11 +281,13 @@ impl Known {
                 rules.rules.load().problems().iter().map(|problem| (problem.kind, problem.effect)).collect()
             }),
             pool: Arc::clone(self.context.registry.pool()),
+            policy_gaps: Box::new(move || gaps.rules.load().gaps().len()),
         }
     }
 
     fn answers(self) -> Answers {
         let (live, certificates) = (self.context.registry.clone(), self.context.certificates.clone());
+        let explained = self.context.clone();
         Answers {
             connections: Box::new(move || {
                 let mut lines: Vec<_> =
@@ -296,6 +302,10 @@ impl Known {
                 lines.sort_by(|one, other| one.identity.cmp(&other.identity));
                 lines
             }),
+            explain: Box::new(move |question| {
+                let Context { cluster, rules, certificates, .. } = &explained;
+                policy::answer(question, &cluster.load(), &rules.load(), certificates.trust_domain())
+            }),
             status: Box::new(move || {
                 let waiting_for = self.readiness.waiting_for();
                 let mut pods: Vec<_> = Self::pods(&self.context, &self.pods).iter().map(PodLine::from).collect();
@@ -305,7 +315,7 @@ impl Known {
                     node: self.context.node.to_string(),
                     version: env!("CARGO_PKG_VERSION").to_owned(),
                     ready: waiting_for.is_empty(),
-                    waiting_for: waiting_for.into_iter().map(str::to_owned).collect(),
+                    waiting_for: waiting_for.into_iter().map(Cow::into_owned).collect(),
                     pods,
                     manifest_problems: self
                         .problems
@@ -355,12 +365,50 @@ fn metrics_router(telemetry: Arc<Telemetry>, sources: Sources) -> Router {
 async fn first_certificate(certificates: Certificates, readiness: Readiness, blocker: Blocker) {
     loop {
         let list = certificates.list();
-        let others_wait = readiness.waiting_for().len() > 1;
-        if list.iter().any(|status| status.not_after.is_some()) || list.is_empty() && !others_wait {
+        let first_pass = readiness.waiting_for().iter().any(|what| what == FIRST_PASS);
+        if list.iter().any(|status| status.not_after.is_some()) || list.is_empty() && !first_pass {
             return drop(blocker);
         }
         sleep(limits::WATCH_INTERVAL).await;
     }
+}
+
+/// Keeps the agent from being ready while policies may be missing, and says so in the log.
+async fn incomplete(mut view: cluster::View, readiness: Readiness, first: Blocker, stop: CancellationToken) {
+    let watching = async {
+        let mut first = Some(first);
+        let mut known = Vec::new();
+        let mut _blockers = Vec::new();
+        let mut snapshot = view.load();
+        loop {
+            if known != snapshot.policy_gaps {
+                let gone = known.iter().filter(|gap| !snapshot.policy_gaps.contains(gap));
+                gone.for_each(|gap| tracing::info!(file = %gap.source, "Policies are complete again"));
+                for gap in snapshot.policy_gaps.iter().filter(|gap| !known.contains(gap)) {
+                    tracing::error!(
+                        file = %gap.source,
+                        reason = "policies_incomplete",
+                        "Policies may be missing: new connections to {} are denied until the file is mended or removed",
+                        gap.place(),
+                    );
+                }
+                known.clone_from(&snapshot.policy_gaps);
+                _blockers = known.iter().map(|gap| readiness.block(told(gap))).collect();
+            }
+            // Not before: the agent must not be ready for a moment in between.
+            drop(first.take());
+            match view.next().await {
+                Some(next) => snapshot = next,
+                None => return,
+            }
+        }
+    };
+    let _stopped = stop.run_until_cancelled(watching).await;
+}
+
+/// What readiness and `heddle status` say of a gap.
+fn told(gap: &cluster::PolicyGap) -> String {
+    format!("{} to be readable: connections to {} are denied, as policies may be missing", gap.source, gap.place())
 }
 
 /// Forgets metrics of workloads that are gone.

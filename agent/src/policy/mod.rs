@@ -13,6 +13,7 @@ mod decide;
 mod explain;
 mod model;
 mod parse;
+mod question;
 mod rulebook;
 mod rules;
 mod strictness;
@@ -20,6 +21,7 @@ mod strictness;
 pub use decide::{Rehearsal, decide, rehearse};
 pub use explain::{Considered, Explanation, Miss, PlaintextRule, Role, explain};
 pub use model::{Denial, Outcome, Permit, Request};
+pub use question::{Explained, Question, QuestionError, answer};
 pub use rulebook::{Effect, Rulebook, Unenforceable};
 pub use rules::Action;
 

@@ -40,6 +40,8 @@ pub struct Sources {
     pub policy_problems: Box<dyn Fn() -> Vec<(PolicyKind, Effect)> + Send + Sync>,
     /// What the pods' pools of tunnels count.
     pub pool: Arc<PoolCounts>,
+    /// Files that can't be read and may hold policies: connections are denied for want of them.
+    pub policy_gaps: Box<dyn Fn() -> usize + Send + Sync>,
 }
 
 impl fmt::Debug for Sources {
@@ -188,6 +190,12 @@ impl Metrics {
                 "Pods of this node whose connections the agent takes.",
                 MetricType::GAUGE,
                 self.served.get().saturating_sub(self.left.get()),
+            ),
+            (
+                "heddle_policy_gaps",
+                "Manifests that can't be read and may hold policies: what they may be for is denied.",
+                MetricType::GAUGE,
+                (sources.policy_gaps)() as u64,
             ),
         ];
         families.extend(single.into_iter().filter_map(|(name, help, kind, value)| {

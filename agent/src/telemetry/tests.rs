@@ -317,6 +317,7 @@ fn sources(live: Vec<Arc<Connection>>) -> Sources {
         manifest_problems: Box::new(|| 2),
         policy_problems: Box::new(|| vec![(PolicyKind::AuthorizationPolicy, Effect::Denies); 3]),
         pool: Arc::default(),
+        policy_gaps: Box::new(|| 1),
     }
 }
 
@@ -360,6 +361,7 @@ fn a_scrape_tells_what_every_stage_knows() {
         "heddle_dry_run_total{action=\"deny\",policy=\"shop/trial\"} 2",
         "heddle_tunnel_bytes_total{direction=\"outbound\",towards=\"server\"} 0",
         "heddle_pool_connections_closed_total{reason=\"idle\"} 0",
+        "heddle_policy_gaps 1",
         concat!("istio_build{component=\"heddle\",tag=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
     ] {
         assert!(text.lines().any(|have| have == line), "{line} is not in\n{text}");

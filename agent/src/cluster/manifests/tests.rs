@@ -254,3 +254,51 @@ fn directory_with_too_many_files_changes_nothing() {
     assert_eq!(lab.pods(), ["z"]);
     assert_eq!(lab.problems(), []);
 }
+
+impl Lab {
+    /// File and namespace of every gap after another look.
+    fn gaps(&mut self) -> Vec<(String, Option<String>)> {
+        self.directory.scan().unwrap();
+        let parts = self.directory.objects();
+        let gaps = parts.iter().flat_map(|part| &part.policy_gaps);
+        gaps.map(|gap| {
+            let name = std::path::Path::new(&*gap.source).file_name().unwrap().to_string_lossy().into_owned();
+            (name, gap.namespace.as_ref().map(ToString::to_string))
+        })
+        .collect()
+    }
+}
+
+#[test]
+fn only_a_file_without_a_good_state_leaves_a_gap_until_it_is_mended_or_removed() {
+    const TORN: &str = "kind: AuthorizationPolicy\nmetadata:\n  namespace: shop\nspec: [\n";
+    let shop = |file: &str| (file.to_owned(), Some("shop".to_owned()));
+    let mut lab = Lab::new();
+    lab.write("good.yaml", &pod("a"));
+    assert_eq!(lab.gaps(), []);
+    lab.write("good.yaml", TORN).write("new.yaml", TORN);
+    assert_eq!(lab.gaps(), [shop("new.yaml")], "the last good state of the other goes on");
+    lab.write("new.yaml", &pod("b"));
+    assert_eq!(lab.gaps(), []);
+    lab.write("other.yaml", "kind: [\n");
+    assert_eq!(lab.gaps(), [("other.yaml".to_owned(), None)]);
+    fs::remove_file(lab.path("other.yaml")).unwrap();
+    assert_eq!(lab.gaps(), []);
+    // After a restart nobody knows the last good state.
+    lab.directory = Directory::new(lab.folder.path().to_owned());
+    assert_eq!(lab.gaps(), [shop("good.yaml")]);
+}
+
+#[test]
+fn a_file_that_was_never_read_leaves_a_gap_everywhere_and_is_not_news_at_each_look() {
+    let mut lab = Lab::new();
+    nix::unistd::mkfifo(&lab.path("a.yaml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    assert_eq!(lab.gaps(), [("a.yaml".to_owned(), None)]);
+    assert!(!lab.directory.scan().unwrap(), "nothing is new");
+    for number in 0..=limits::MANIFEST_FILES {
+        lab.write(&format!("b{number}.yaml"), "");
+    }
+    lab.directory = Directory::new(lab.folder.path().to_owned());
+    let folder = lab.folder.path().file_name().unwrap().to_string_lossy().into_owned();
+    assert!(lab.gaps().contains(&(folder, None)), "files beyond the cap were not read");
+}

@@ -225,3 +225,80 @@ fn invalid_policy_that_is_dry_run_or_for_a_gateway_decides_nothing() {
     let (_, policy) = carried("metadata: {name: p}\nspec: {x: 1, targetRefs: []}\n");
     assert!(policy.decides);
 }
+
+/// Namespaces of the gaps that a text leaves.
+fn gaps(text: &str) -> Vec<Option<String>> {
+    read(text).gaps.into_iter().map(|gap| gap.map(|namespace| namespace.to_string())).collect()
+}
+
+#[test]
+fn what_may_have_been_a_policy_leaves_a_gap_as_wide_as_nobody_can_say_less() {
+    let torn = |namespace: &str, end: &str| {
+        format!(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata:\n  name: p\n  \
+             namespace: {namespace}\nspec: {{action: [{end}"
+        )
+    };
+    let shop = vec![Some("shop".to_owned())];
+    let table = [
+        // Not YAML.
+        (torn("shop", "\n"), shop.clone()),
+        (torn("shop", ""), shop.clone()),
+        (torn("'shop' # ours", "\n"), shop.clone()),
+        (torn("Shop", "\n"), vec![None]),
+        ("kind: [\n".into(), vec![None]),
+        ("kind: AuthorizationPolicy\nmetadata: {name: p, namespace: shop}\nspec: [\n".into(), vec![None]),
+        // Only a namespace of the object itself counts, and half a word does not.
+        ("kind: AuthorizationPolicy\nspec:\n  namespace: shop\n  x: [\n".into(), vec![None]),
+        ("kind: AuthorizationPolicy\nmetadata:\n  labels:\n    namespace: shop\nspec: [\n".into(), vec![None]),
+        ("spec: [\nkind: AuthorizationPolicy\nmetadata:\n  namespace: sh".into(), vec![None]),
+        ("kind: List\nmetadata:\n  namespace: shop\nitems: [\n".into(), vec![None]),
+        // YAML, and no object.
+        ("AuthorizationPo".into(), vec![None]),
+        ("apiVersion: security.istio.io/v1\nmetadata: {name: p, namespace: shop}\n".into(), shop.clone()),
+        ("apiVersion: security.istio.io/v1\nmetadata: {name: p, namespace: shop}".into(), vec![None]),
+        (
+            "apiVersion: security.istio.io\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: shop}\n".into(),
+            shop.clone(),
+        ),
+        (
+            "apiVersion: security.istio.io/v1\nkind: AuthorisationPolicy\nmetadata: {name: p, namespace: shop}\n"
+                .into(),
+            shop.clone(),
+        ),
+        (
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: P_, namespace: shop}\n"
+                .into(),
+            shop,
+        ),
+        ("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: p\n".into(), vec![None]),
+        ("apiVersion: v1\nkind: List\nitems: 7\n".into(), vec![None]),
+        // No policy is lost here.
+        ("apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec: {hostNetwork: 7}\n".into(), vec![]),
+        ("apiVersion: v1\nkind: PodList\nitems: 7\n".into(), vec![]),
+        (
+            "apiVersion: v1\nkind: Pod\nmetadata: [\n---\napiVersion: v1\nkind: Pod\nmetadata: {name: p}\n".into(),
+            vec![],
+        ),
+        ("apiVersion: policy.linkerd.io/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {name: p}\n".into(), vec![]),
+        ("apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: p}\n".into(), vec![]),
+        // The last document may be the torn one of a file that goes on.
+        ("apiVersion: v1\nkind: Pod\nmetadata: [\n".into(), vec![None]),
+    ];
+    for (text, expected) in table {
+        assert_eq!(gaps(&text), expected, "{text}");
+    }
+}
+
+#[test]
+fn policies_are_found_where_they_stand() {
+    let text = "# nothing\n---\napiVersion: v1\nkind: Pod\nmetadata: {name: a}\n---\napiVersion: security.istio.io/v1\n\
+        kind: AuthorizationPolicy\nmetadata: {name: p, namespace: shop}\n---\n\
+        apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: q}\nspec: {x: 1}\n";
+    let found: Vec<_> = read(text).policies.into_iter().map(|found| (found.line, found.kind, found.name)).collect();
+    let expected = [
+        (6, PolicyKind::AuthorizationPolicy, "shop/p".to_owned()),
+        (10, PolicyKind::PeerAuthentication, "default/q".to_owned()),
+    ];
+    assert_eq!(found, expected);
+}

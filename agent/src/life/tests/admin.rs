@@ -9,7 +9,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::life::admin::{AdminError, Answers, CertificateLine, ConnectionLine, PodLine, Socket, Status, may_ask};
+use crate::{
+    life::admin::{AdminError, Answers, CertificateLine, ConnectionLine, PodLine, Socket, Status, may_ask},
+    policy::{Explained, QuestionError},
+};
 
 fn answers() -> Answers {
     Answers {
@@ -20,6 +23,10 @@ fn answers() -> Answers {
         }),
         connections: Box::new(|| vec![ConnectionLine { id: 7, ..ConnectionLine::default() }]),
         certificates: Box::new(|| vec![CertificateLine { serial: "0a".to_owned(), ..CertificateLine::default() }]),
+        explain: Box::new(|question| match &*question.to {
+            "" => Err(QuestionError::To(String::new())),
+            to => Ok(Explained { to: to.to_owned(), ..Explained::default() }),
+        }),
     }
 }
 
@@ -37,7 +44,7 @@ fn json<T: serde::de::DeserializeOwned>(answer: &str) -> T {
 }
 
 #[tokio::test]
-async fn the_socket_answers_the_three_questions_to_its_owner_only_and_goes_with_the_agent() {
+async fn the_socket_answers_questions_to_its_owner_only_and_goes_with_the_agent() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("run/admin.sock");
     let stop = CancellationToken::new();
@@ -49,6 +56,10 @@ async fn the_socket_answers_the_three_questions_to_its_owner_only_and_goes_with_
     assert_eq!(status, (answers().status)());
     assert_eq!(json::<Vec<ConnectionLine>>(&ask(&path, "GET /connections").await)[0].id, 7);
     assert_eq!(json::<Vec<CertificateLine>>(&ask(&path, "GET /certificates").await)[0].serial, "0a");
+    let explained: Explained = json(&ask(&path, "GET /policy/explain?from=none&to=shop/web:80").await);
+    assert_eq!(explained.to, "shop/web:80");
+    let refused = ask(&path, "GET /policy/explain?from=none&to=").await;
+    assert!(refused.starts_with("HTTP/1.1 400 ") && refused.contains("is no destination"), "{refused}");
     assert!(ask(&path, "POST /status").await.starts_with("HTTP/1.1 405 "), "read-only");
     assert!(ask(&path, "GET /elsewhere").await.starts_with("HTTP/1.1 404 "));
     assert!(matches!(Socket::bind(&path).await, Err(AdminError::Taken(_))), "a running agent keeps its socket");

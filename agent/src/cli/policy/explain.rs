@@ -1,0 +1,107 @@
+//! `heddle policy explain`: one decision in detail, by the agent that makes it or from manifests.
+
+use std::{fmt::Write as _, net::IpAddr, path::PathBuf, process::ExitCode};
+
+use anyhow::Context;
+
+use crate::{
+    cli::{
+        ask::{Ask, json, print, query},
+        table::{plain, table},
+    },
+    cluster::{self, Settings},
+    life::config::{ROOT_NAMESPACE, TRUST_DOMAIN, trust_domain},
+    policy::{Explained, Question, Rulebook, answer},
+};
+
+/// Ends with status 0 when the connection would be allowed, and 1 when it would be denied.
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Args {
+    /// Who connects: NAMESPACE/SERVICEACCOUNT, a SPIFFE id, or none for plaintext.
+    #[arg(long, value_name = "SOURCE")]
+    from: String,
+    /// Which pod and port: NAMESPACE/POD:PORT.
+    #[arg(long, value_name = "POD:PORT")]
+    to: String,
+    /// From which address, where that is not the address of a pod of the service account.
+    #[arg(long, value_name = "ADDRESS")]
+    ip: Option<IpAddr>,
+    /// Decide by the manifests in this directory, without an agent.
+    #[arg(long, value_name = "DIR")]
+    manifests: Option<PathBuf>,
+    /// With --manifests: namespace whose policies without a selector hold for the whole mesh.
+    #[arg(long, env = "HEDDLE_ROOT_NAMESPACE", default_value = ROOT_NAMESPACE, value_name = "NAME")]
+    root_namespace: String,
+    /// With --manifests: SPIFFE trust domain of the mesh.
+    #[arg(long, env = "HEDDLE_TRUST_DOMAIN", default_value = TRUST_DOMAIN, value_name = "NAME")]
+    trust_domain: String,
+    #[command(flatten)]
+    ask: Ask,
+}
+
+impl Args {
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let question = Question { from: self.from, to: self.to, ip: self.ip };
+        let explained = match &self.manifests {
+            None => {
+                let ip = question.ip.map(|ip| ip.to_string());
+                let parts = [("from", Some(&*question.from)), ("to", Some(&*question.to)), ("ip", ip.as_deref())];
+                self.ask.get(&query("/policy/explain", &parts))?
+            }
+            Some(folder) => {
+                let settings = Settings { root_namespace: self.root_namespace.as_str().into(), ..Settings::default() };
+                let mut directory = cluster::Directory::new(folder.clone());
+                directory.scan().with_context(|| folder.display().to_string())?;
+                let snapshot = cluster::index(&directory.objects(), &settings, 1);
+                answer(&question, &snapshot, &Rulebook::compile(&snapshot), &trust_domain(&self.trust_domain)?)?
+            }
+        };
+        print(&if self.ask.json { json(&explained)? } else { text(&explained) })?;
+        Ok(if explained.explanation.allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+pub(super) fn text(explained: &Explained) -> String {
+    let Explained { from, source_ip, to, destination_ip, port, explanation } = explained;
+    let from = if from.is_empty() { "plaintext" } else { from };
+    let at = if source_ip.is_empty() { "an unknown address (give --ip)" } else { source_ip };
+    let verdict = if explanation.allowed { "allowed" } else { "denied" };
+    let reason = if explanation.reason.is_empty() { String::new() } else { format!(" [{}]", explanation.reason) };
+    let plaintext = match (explanation.plaintext.refused, &*explanation.plaintext.policy) {
+        (true, policy) => format!("refused by PeerAuthentication {policy}"),
+        (false, "") => "let in: no PeerAuthentication says anything".to_owned(),
+        (false, policy) => format!("let in by PeerAuthentication {policy}"),
+    };
+    let mut text = String::new();
+    // Writing to a String can't fail.
+    let _ = writeln!(text, "{} at {at} -> {} ({destination_ip}) port {port}", plain(from), plain(to));
+    let _ = writeln!(text, "{verdict}: {}{reason}", plain(&explanation.detail));
+    let _ = writeln!(text, "plaintext to the port: {}", plain(&plaintext));
+    let rows: Vec<_> = explanation
+        .policies
+        .iter()
+        .map(|policy| {
+            let misses: Vec<String> = policy.misses.iter().map(|miss| format!("{} {}", miss.field, miss.why)).collect();
+            let matched = if policy.matched { "yes" } else { "no" };
+            vec![
+                policy.policy.clone(),
+                policy.action.clone(),
+                policy.role.as_str().to_owned(),
+                matched.to_owned(),
+                misses.join("; "),
+            ]
+        })
+        .collect();
+    if rows.is_empty() {
+        text.push_str("no AuthorizationPolicy is for it\n");
+    } else {
+        let _ = writeln!(text, "\n{}", table(&["POLICY", "ACTION", "ROLE", "MATCHES", "WHY NOT"], &rows).trim_end());
+    }
+    for gap in &explanation.gaps {
+        let _ = writeln!(text, "policies may be missing: {} can't be read", plain(gap));
+    }
+    for problem in &explanation.problems {
+        let _ = writeln!(text, "problem: {}", plain(problem));
+    }
+    text
+}
