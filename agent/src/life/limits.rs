@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::budget::Rate;
+
 /// A peer that sends no complete TLS handshake in this time is gone (duration). Handshakes take milliseconds; 5 s
 /// survives a lost SYN-ACK and two retransmissions.
 pub const TLS_HANDSHAKE: Duration = Duration::from_secs(5);
@@ -34,6 +36,41 @@ pub const FRAME: u32 = 256 << 10;
 pub const HEADER_LIST: u32 = 16 << 10;
 /// Bytes that a stream may have queued for sending (bytes).
 pub const SEND_BUFFER: usize = 256 << 10;
+/// Fields of a request (fields): HBONE has 4.
+pub const HEADER_FIELDS: usize = 32;
+/// CONTINUATION frames of one header block (frames): an honest block is one frame.
+pub const H2_CONTINUATIONS: u32 = 4;
+/// Encoded header block (bytes): twice what may come out of it. Encoders never make it larger, except on purpose.
+pub const H2_HEADER_BLOCK: u32 = 2 * HEADER_LIST;
+/// PING and SETTINGS frames of a connection, answers included (frames): a live peer pings every few seconds, an eager one
+/// measures its round trip with some in a row.
+pub const H2_PINGS: Rate = Rate::of(100, 10);
+pub const H2_SETTINGS: Rate = Rate::of(100, 10);
+/// Frames that HBONE has no use for (PRIORITY, GOAWAY, PUSH_PROMISE, extensions) of a connection (frames): some clients send a few.
+pub const H2_OTHERS: Rate = Rate::of(100, 10);
+/// RST_STREAM frames beyond one for each stream (frames): none is honest, but both sides may end a stream at once.
+pub const H2_RESETS: Rate = Rate::of(200, 10);
+/// WINDOW_UPDATE frames beyond those that answer data (frames), and bytes sent that earn one more (bytes): an eager peer answers
+/// every frame with two, of its stream and of the connection, and the smallest frame of data is 10 bytes.
+pub const H2_UPDATES: Rate = Rate { per_second: 1_000, burst: 10_000 };
+pub const H2_BYTES_PER_UPDATE: usize = 5;
+/// Streams that a peer identity gives up before they are answered (streams), over all its connections: rapid reset. A stream that
+/// was answered and then reset counts as nothing: connections of apps end so, at any rate.
+pub const H2_GIVEN_UP: Rate = Rate::of(200, 10);
+/// Identities that this is counted of (identities); past it newcomers share one count.
+pub const H2_GIVEN_UP_PEERS: usize = 4_096;
+/// Streams reset by the peer that nobody has taken yet (streams): the whole of a connection's streams at most, before it ends.
+pub const H2_PENDING_RESETS: usize = 20;
+/// Streams that a peer's errors made us reset, in a connection's life (streams): an honest peer makes none; one that opens
+/// streams before it has our settings makes a few.
+pub const H2_ERROR_RESETS: usize = 200;
+/// Streams that we reset and that are remembered, for frames on their way (streams).
+pub const H2_REMEMBERED_RESETS: usize = 64;
+/// Overhead of small DATA frames that wait to be taken (bytes: 256 less the frame's size, each): 130,000 frames of one
+/// byte at once. Those that were taken count no more.
+pub const H2_DATA_OVERHEAD: usize = 32 << 20;
+/// How long a connection whose peer floods may take to hear of it (duration).
+pub const H2_FAREWELL: Duration = Duration::from_secs(1);
 /// HTTP/2 ping interval and how long its answer may take (duration): a dead peer is found within 15 s.
 pub const PING_INTERVAL: Duration = Duration::from_secs(10);
 pub const PING_TIMEOUT: Duration = Duration::from_secs(5);

@@ -9,6 +9,7 @@
 //! - [`drain`]: how it ends
 
 pub mod admin;
+pub mod budget;
 pub mod config;
 pub mod drain;
 pub mod enrol;

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     admin::{AdminError, Answers, CertificateLine, ConnectionLine, PodLine, Socket, Status},
+    budget::Budget,
     config::Config,
     drain::drain,
     enrol::Enrolment,
@@ -163,6 +164,7 @@ async fn agent(config: Config) -> Result<(), StartError> {
         rules: Arc::new(ArcSwap::from_pointee(Rulebook::compile(&view.load()))),
         registry: Registry::default(),
         observer: Arc::clone(&telemetry) as Arc<dyn Observer>,
+        budget: Budget::default(),
         cluster_id: Arc::clone(&config.cluster_id),
         node: Arc::clone(&config.node),
     };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 
 use super::{Observer, Registry};
-use crate::{capture, cluster, identity::Certificates, policy::Rulebook};
+use crate::{capture, cluster, identity::Certificates, life::budget::Budget, policy::Rulebook};
 
 /// The stages before the tunnel, as handles. One per agent.
 #[derive(Debug, Clone)]
@@ -17,6 +17,7 @@ pub struct Context {
     pub rules: Arc<ArcSwap<Rulebook>>,
     pub registry: Registry,
     pub observer: Arc<dyn Observer>,
+    pub budget: Budget,
     /// `k8s.cluster.name` in baggage.
     pub cluster_id: Arc<str>,
     pub node: Arc<str>,

@@ -21,6 +21,10 @@ pub(super) fn client() -> h2::client::Builder {
         .max_frame_size(limits::FRAME)
         .max_header_list_size(limits::HEADER_LIST)
         .max_send_buffer_size(limits::SEND_BUFFER)
+        .max_concurrent_reset_streams(limits::H2_REMEMBERED_RESETS)
+        .max_pending_accept_reset_streams(limits::H2_PENDING_RESETS)
+        .max_local_error_reset_streams(Some(limits::H2_ERROR_RESETS))
+        .data_frame_budget(limits::H2_DATA_OVERHEAD)
         .initial_max_send_streams(limits::STREAMS_PER_CONNECTION as usize)
         .enable_push(false);
     builder
@@ -34,7 +38,11 @@ pub(super) fn server() -> h2::server::Builder {
         .max_frame_size(limits::FRAME)
         .max_header_list_size(limits::HEADER_LIST)
         .max_concurrent_streams(limits::STREAMS_PER_CONNECTION)
-        .max_send_buffer_size(limits::SEND_BUFFER);
+        .max_send_buffer_size(limits::SEND_BUFFER)
+        .max_concurrent_reset_streams(limits::H2_REMEMBERED_RESETS)
+        .max_pending_accept_reset_streams(limits::H2_PENDING_RESETS)
+        .max_local_error_reset_streams(Some(limits::H2_ERROR_RESETS))
+        .data_frame_budget(limits::H2_DATA_OVERHEAD);
     builder
 }
 

@@ -14,6 +14,7 @@ mod classify;
 mod connections;
 mod context;
 mod edge;
+mod frames;
 mod http2;
 mod listen;
 mod meter;
@@ -48,6 +49,7 @@ pub async fn serve(context: Context, pod: Arc<Workload>, attached: Attached, sto
         registry: context.registry,
         observer: context.observer,
         cluster_id: context.cluster_id,
+        budget: context.budget,
     };
     listen::serve(Arc::new(pod::Pod::new(edge, shared, pod, attached.token, stop)), attached.listener).await;
 }

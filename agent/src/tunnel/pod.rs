@@ -18,7 +18,7 @@ use crate::{
     capture::ProbeToken,
     cluster::{Snapshot, View, Workload},
     identity::{SpiffeError, SpiffeId},
-    life::limits,
+    life::{budget::Budget, limits},
     policy::Rulebook,
 };
 
@@ -30,6 +30,7 @@ pub(super) struct Shared {
     pub registry: Registry,
     pub observer: Arc<dyn Observer>,
     pub cluster_id: Arc<str>,
+    pub budget: Budget,
 }
 
 #[derive(Debug)]

@@ -1,5 +1,6 @@
 //! The tunnel over loopback: two pods with real listeners, real mutual TLS and HTTP/2, and an app; only capture is not there.
 
+mod abuse;
 mod carry;
 mod world;
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::target::TargetError;
-use crate::policy::Denial;
+use crate::{life::limits, policy::Denial};
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub(crate) enum AnswerError {
@@ -29,6 +29,10 @@ pub(crate) enum AnswerError {
     Http2(Arc<str>),
     #[error("no CONNECT came in time")]
     NoConnect,
+    #[error("more than {} header fields", limits::HEADER_FIELDS)]
+    HeaderFields,
+    #[error("the peer floods: {0}")]
+    Flood(Arc<str>),
 }
 
 impl AnswerError {
@@ -44,6 +48,8 @@ impl AnswerError {
             Self::ClientGone => "client_gone",
             Self::Http2(_) => "h2_handshake",
             Self::NoConnect => "no_connect",
+            Self::HeaderFields => "header_fields",
+            Self::Flood(_) => "h2_flood",
         }
     }
 
@@ -55,7 +61,12 @@ impl AnswerError {
             Self::Identity { .. } => "IDENTITY_ERROR",
             Self::Tls { .. } => "TLS_FAILURE",
             Self::Http2(_) | Self::NoConnect => "H2_HANDSHAKE_FAILURE",
-            Self::Method | Self::Target(_) | Self::PodBudget | Self::ClientGone => "-",
+            Self::Method
+            | Self::Target(_)
+            | Self::PodBudget
+            | Self::ClientGone
+            | Self::HeaderFields
+            | Self::Flood(_) => "-",
         }
     }
 
@@ -64,6 +75,7 @@ impl AnswerError {
         match self {
             Self::Method | Self::Target(_) => http::StatusCode::BAD_REQUEST,
             Self::Denied(_) => http::StatusCode::UNAUTHORIZED,
+            Self::HeaderFields => http::StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             _ => http::StatusCode::SERVICE_UNAVAILABLE,
         }
     }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use h2::{RecvStream, SendStream, server::SendResponse};
+use h2::{Reason, RecvStream, SendStream, server::SendResponse};
 use http::{Method, Request, Response, StatusCode};
 use tokio::{
     io::BufReader,
@@ -28,6 +28,7 @@ use crate::{
         Direction, Flow, Security, Trace,
         connections::Carried,
         edge::Edge,
+        frames::{Alarm, Flood, Frames, Role},
         http2,
         meter::Metered,
         pod::{Pod, workload_at},
@@ -124,12 +125,14 @@ async fn authenticate<E: Edge>(
 /// Takes streams until the connection ends. After `stop`, or when it is old, the peer is asked to open new ones elsewhere.
 async fn streams<E: Edge>(pod: &Arc<Pod<E>>, tls: Tls, peer: Arc<Peer>) -> Result<(), AnswerError> {
     let began = Instant::now();
-    let mut connection = match timeout(limits::FIRST_CONNECT, http2::server().handshake::<_, Bytes>(tls)).await {
+    let (io, alarm) = Frames::new(tls, Role::Server);
+    let mut connection = match timeout(limits::FIRST_CONNECT, http2::server().handshake::<_, Bytes>(io)).await {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) => return Err(AnswerError::Http2(error.to_string().into())),
         Err(_) => return Err(AnswerError::NoConnect),
     };
     let mut dead = pin!(http2::until_dead(connection.ping_pong()));
+    let mut flood = pin!(alarm.raised());
     let mut timer = pin!(sleep_until(began + limits::FIRST_CONNECT));
     let (mut first, mut leaving) = (true, false);
     let mut last_used = began;
@@ -144,10 +147,14 @@ async fn streams<E: Edge>(pod: &Arc<Pod<E>>, tls: Tls, peer: Arc<Peer>) -> Resul
                     }
                     peer.streams.fetch_add(1, Ordering::AcqRel);
                     let guard = Streaming(Arc::clone(&peer));
-                    let pod = Arc::clone(pod);
-                    tokio::spawn(async move { stream(&pod, &guard.0, request, respond).await });
+                    let (pod, alarm) = (Arc::clone(pod), Arc::clone(&alarm));
+                    tokio::spawn(async move { stream(&pod, &guard.0, &alarm, request, respond).await });
                 }
                 Some(Err(error)) => {
+                    // What h2 itself calls a flood: streams that it had to reset, or that were reset before they were taken.
+                    if error.is_library() && error.reason() == Some(Reason::ENHANCE_YOUR_CALM) {
+                        return Err(AnswerError::Flood(error.to_string().into()));
+                    }
                     if first {
                         return Err(AnswerError::Http2(error.to_string().into()));
                     }
@@ -156,6 +163,12 @@ async fn streams<E: Edge>(pod: &Arc<Pod<E>>, tls: Tls, peer: Arc<Peer>) -> Resul
                 }
                 None => return Ok(()),
             },
+            flood = &mut flood => {
+                connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+                // Nothing is read any more: only the farewell goes out.
+                let _told_or_late = timeout(limits::H2_FAREWELL, async { while connection.accept().await.is_some() {} }).await;
+                return Err(AnswerError::Flood(flood.to_string().into()));
+            }
             () = &mut dead => {
                 tracing::debug!(peer = %peer.principal, "Tunnel ended: the peer does not answer pings");
                 return Ok(());
@@ -197,7 +210,13 @@ impl Drop for Streaming {
 }
 
 /// Serves one CONNECT, to its end.
-async fn stream<E: Edge>(pod: &Pod<E>, peer: &Peer, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
+async fn stream<E: Edge>(
+    pod: &Pod<E>,
+    peer: &Peer,
+    alarm: &Alarm,
+    request: Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+) {
     let snapshot = pod.shared.cluster.load();
     let destination = pod.record(&snapshot);
     let header = |name| request.headers().get(name).and_then(|value| value.to_str().ok());
@@ -267,6 +286,9 @@ async fn stream<E: Edge>(pod: &Pod<E>, peer: &Peer, request: Request<RecvStream>
             carried.end(&end);
         }
         Err(error) => {
+            if matches!(error, AnswerError::ClientGone) && !pod.shared.budget.give_up(&peer.principal) {
+                alarm.raise(Flood::GivenUp);
+            }
             refuse(&mut respond, &error);
             carried.end(&failed(&error));
         }
@@ -274,6 +296,9 @@ async fn stream<E: Edge>(pod: &Pod<E>, peer: &Peer, request: Request<RecvStream>
 }
 
 fn asked(request: &Request<RecvStream>, local: SocketAddr) -> Result<SocketAddr, AnswerError> {
+    if request.headers().len() > limits::HEADER_FIELDS {
+        return Err(AnswerError::HeaderFields);
+    }
     // An extended CONNECT (RFC 8441) is no HBONE, and h2 refuses it: it was not announced.
     if request.method() != Method::CONNECT {
         return Err(AnswerError::Method);

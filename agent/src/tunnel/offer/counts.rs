@@ -13,6 +13,8 @@ pub enum PoolEnd {
     Broken,
     /// The peer answered no ping.
     Silent,
+    /// The peer sent more frames than it may.
+    Flood,
     /// No stream for [`crate::life::limits::POOL_IDLE`].
     Idle,
     /// Older than [`crate::life::limits::TUNNEL_AGE`].
@@ -22,7 +24,8 @@ pub enum PoolEnd {
 }
 
 impl PoolEnd {
-    pub const ALL: [Self; 6] = [Self::Peer, Self::Broken, Self::Silent, Self::Idle, Self::Aged, Self::Retired];
+    pub const ALL: [Self; 7] =
+        [Self::Peer, Self::Broken, Self::Silent, Self::Flood, Self::Idle, Self::Aged, Self::Retired];
 
     /// Stable name: metric label.
     #[must_use]
@@ -31,6 +34,7 @@ impl PoolEnd {
             Self::Peer => "peer",
             Self::Broken => "broken",
             Self::Silent => "silent",
+            Self::Flood => "h2_flood",
             Self::Idle => "idle",
             Self::Aged => "aged",
             Self::Retired => "retired",

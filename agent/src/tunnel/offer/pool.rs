@@ -31,7 +31,10 @@ use super::{
 use crate::{
     identity::SpiffeId,
     life::limits,
-    tunnel::http2::{self, Stalls},
+    tunnel::{
+        frames::{Alarm, Frames, Role},
+        http2::{self, Stalls},
+    },
 };
 
 /// What a connection was authenticated for. Two keys never share one.
@@ -419,12 +422,12 @@ impl<C: Connector> Pool<C> {
         tokio::spawn(async move {
             let peer = Arc::clone(&connecting.peer);
             match establish(&connector, &key).await {
-                Ok((tunnel, connection)) => {
+                Ok((tunnel, connection, alarm)) => {
                     let weak = Arc::downgrade(&tunnel);
                     let open = Open { counts: Arc::clone(&peer.counts), left: Arc::clone(&tunnel.left) };
                     open.counts.connection_opened();
                     connecting.finish(Ok(tunnel));
-                    drive(connection, weak, &peer, &open.left).await;
+                    drive(connection, &alarm, weak, &peer, &open.left).await;
                 }
                 Err(error) => connecting.finish(Err(error)),
             }
@@ -446,10 +449,12 @@ impl<C> Drop for Pool<C> {
     }
 }
 
-type Driven<C> = (Arc<Tunnel>, h2::client::Connection<<C as Connector>::Io, Bytes>);
+/// A connection, what moves its frames, and what tells that its peer floods.
+type Driven<C> = (Arc<Tunnel>, h2::client::Connection<Frames<<C as Connector>::Io>, Bytes>, Arc<Alarm>);
 
 async fn establish<C: Connector>(connector: &C, key: &Key) -> Result<Driven<C>, OfferError> {
     let io = connector.connect(key).await?;
+    let (io, alarm) = Frames::new(io, Role::Client);
     let handshake = timeout(limits::TLS_HANDSHAKE, http2::client().handshake(io)).await;
     let (send, connection) = match handshake {
         Ok(Ok(made)) => made,
@@ -467,12 +472,13 @@ async fn establish<C: Connector>(connector: &C, key: &Key) -> Result<Driven<C>, 
         idle_since: Mutex::new(now),
         stalls: Stalls::default(),
     };
-    Ok((Arc::new(tunnel), connection))
+    Ok((Arc::new(tunnel), connection, alarm))
 }
 
 /// Moves a connection's frames until it ends: by the peer, by silence, or by being idle and no longer wanted.
 async fn drive<T>(
     mut connection: h2::client::Connection<T, Bytes>,
+    alarm: &Alarm,
     tunnel: Weak<Tunnel>,
     peer: &Arc<Peer>,
     left: &OnceLock<PoolEnd>,
@@ -486,6 +492,11 @@ async fn drive<T>(
             left.get_or_init(|| PoolEnd::Broken);
             error.to_string()
         }),
+        flood = alarm.raised() => {
+            left.get_or_init(|| PoolEnd::Flood);
+            tracing::warn!(reason = "h2_flood", error = %flood, "Tunnel ended: the peer floods");
+            None
+        }
         () = http2::until_dead(pings) => {
             left.get_or_init(|| PoolEnd::Silent);
             Some("the peer does not answer pings".to_owned())

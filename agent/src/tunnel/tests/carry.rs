@@ -28,7 +28,7 @@ fn pattern(seed: u64, length: usize) -> Vec<u8> {
 }
 
 /// Answers every connection with what it sends.
-fn echo(listener: TcpListener) {
+pub fn echo(listener: TcpListener) {
     tokio::spawn(async move {
         loop {
             let (mut tcp, _) = listener.accept().await.unwrap();
@@ -41,7 +41,7 @@ fn echo(listener: TcpListener) {
     });
 }
 
-async fn ping(tcp: &mut TcpStream) -> std::io::Result<Duration> {
+pub async fn ping(tcp: &mut TcpStream) -> std::io::Result<Duration> {
     let began = Instant::now();
     tcp.write_all(b"ping").await?;
     let mut answer = [0; 4];
@@ -466,7 +466,7 @@ async fn an_unknown_destination_is_held_then_fails_closed() {
 }
 
 /// A peer that speaks HTTP/2 by hand.
-async fn by_hand(world: &World) -> (h2::client::SendRequest<Bytes>, tokio::task::JoinHandle<bool>) {
+pub async fn by_hand(world: &World) -> (h2::client::SendRequest<Bytes>, tokio::task::JoinHandle<bool>) {
     let tcp = world.client_to((world.b.address, 15_008).into()).await;
     let name = ServerName::from(world.b.address);
     let tls = TlsConnector::from(world.a.pod.edge.tls()).connect(name, tcp).await.unwrap();

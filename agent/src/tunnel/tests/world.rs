@@ -29,6 +29,7 @@ use crate::{
     capture::{CaptureError, ProbeToken, TcpHealth},
     cluster::{Service, Snapshot, View, Workload},
     identity::{IdentityError, SpiffeId, TrustDomain},
+    life::budget::Budget,
     policy::Rulebook,
     tunnel::{
         Connection, Direction, End, Flow, Observer, Registry, Wire,
@@ -293,6 +294,7 @@ impl World {
         let snapshot = snapshot(&records, &[service]);
         let rules = Arc::new(ArcSwap::from_pointee(Rulebook::compile(&snapshot)));
         let (snapshots, receiver) = watch::channel(Arc::new(snapshot));
+        let budget = Budget::default();
         let served = |record: &Arc<Workload>, edge: Loopback| {
             let observer = Arc::new(Record::default());
             let registry = Registry::default();
@@ -303,6 +305,7 @@ impl World {
                 registry: registry.clone(),
                 observer: observer.clone(),
                 cluster_id: "Kubernetes".into(),
+                budget: budget.clone(),
             };
             let pod = Pod::new(edge, shared, record.clone(), ProbeToken([7; 16]), stop.clone());
             let address = record.addresses[0];
