@@ -22,7 +22,7 @@ use crate::{
     lab::Ground,
     netns::Netns,
     process::{Place, Process},
-    reports::{Churned, Connected, Datagrams, Event, Held, Measured, Transferred, Tunnelled},
+    reports::{Churned, Connected, Datagrams, Event, Held, Measured, Storm, Transferred, Tunnelled},
 };
 
 /// A pod that is being described; [`PodBuilder::start`] makes it.
@@ -322,6 +322,21 @@ impl Pod {
         ensure!(first == Event::Ready, "{} says {first:?}", self.name);
         self.processes().push(server);
         Ok(())
+    }
+
+    /// Short connections for a time by clients that cost little.
+    pub fn storm(&self, to: SocketAddr, concurrent: u32, seconds: u64) -> Call<'_, Storm> {
+        self.call("storm")
+            .with("--to", to)
+            .with("--concurrent", concurrent)
+            .with("--seconds", seconds)
+            .within(60 + seconds)
+    }
+
+    /// `rate` echoed requests of 256 bytes a second over `connections`; latency counts from when each was due.
+    pub fn paced(&self, to: SocketAddr, (rate, connections): (u32, u32), seconds: u64) -> Call<'_, Measured> {
+        let pace = self.call("paced").with("--to", to).with("--rate", rate).with("--connections", connections);
+        pace.with("--size", 256).with("--seconds", seconds).within(60 + seconds)
     }
 
     /// HBONE by hand, with any certificate.

@@ -11,16 +11,8 @@ pub struct Options {
     /// Remove what `cargo xtask demo --keep` left running
     #[arg(long)]
     remove: bool,
-    /// Measure throughput, connect rate and latency between the nodes, with the mesh and without
-    #[arg(long, conflicts_with = "remove")]
-    measure: bool,
 }
 
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let verb = match options {
-        Options { remove: true, .. } => "remove",
-        Options { measure: true, .. } => "measure",
-        _ => "up",
-    };
-    with_lab(&[verb.into()])
+    with_lab(&[if options.remove { "remove" } else { "up" }.into()])
 }

@@ -1,5 +1,6 @@
 //! `cargo xtask`: what a contributor types. One file per verb; it needs nothing but Rust, and installs the rest.
 
+mod bench;
 mod ci;
 mod console;
 mod demo;
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 #[derive(Debug, Parser)]
-#[command(name = "cargo xtask", about = "heddle: demonstrate, test, build", disable_version_flag = true)]
+#[command(name = "cargo xtask", about = "heddle: demonstrate, test, measure, build", disable_version_flag = true)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -26,6 +27,8 @@ enum Verb {
     Demo(demo::Options),
     /// Every check and test, and a list of what could not run here
     Test(test::Options),
+    /// What the mesh costs: throughput, connections, requests, CPU and memory, with it and without
+    Bench(bench::Options),
     /// Rebuild the kernel programs' object
     Ebpf {
         /// Only compare with the committed one
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Demo(options) => demo::run(&options),
         Verb::Test(options) => test::run(&options),
+        Verb::Bench(options) => bench::run(&options),
         Verb::Ebpf { check } => ebpf::run(check).map(|()| ExitCode::SUCCESS),
         Verb::Lab(options) => lab::run(&options),
         Verb::Ci => ci::run(),

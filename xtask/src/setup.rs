@@ -8,7 +8,9 @@ use anyhow::{Context, Result, ensure};
 use crate::console::{is_root, show, target};
 
 /// A program and the Debian package that has it.
-const PROGRAMS: [(&str, &str); 7] = [
+type Program = (&'static str, &'static str);
+
+const PROGRAMS: [Program; 7] = [
     ("ip", "iproute2"),
     ("tcpdump", "tcpdump"),
     ("nft", "nftables"),
@@ -17,17 +19,24 @@ const PROGRAMS: [(&str, &str); 7] = [
     ("bpftool", "bpftool"),
     ("promtool", "prometheus"),
 ];
+/// What only the bench needs.
+const BENCH: [Program; 2] = [("iperf3", "iperf3"), ("wrk", "wrk")];
 
 /// Python packages of the program that receives spans in the lab, by PyPI's names: OpenTelemetry's own protobufs.
 const OTLP_PACKAGES: [&str; 2] = ["opentelemetry-proto", "grpcio"];
 
 /// Makes sure that every program is there. As another user than root it only says what is missing.
 pub fn run() -> Result<()> {
-    programs()?;
+    install(&PROGRAMS)?;
     if let Err(error) = otlp_receiver() {
         println!("spans can't be received, so a test is skipped: {error:#}");
     }
     Ok(())
+}
+
+/// The same for the programs of the bench.
+pub fn run_bench() -> Result<()> {
+    install(&BENCH)
 }
 
 /// A Python environment of its own below the target directory, with [`OTLP_PACKAGES`].
@@ -46,9 +55,9 @@ fn otlp_receiver() -> Result<()> {
     fs::rename(&half, &place).with_context(|| place.display().to_string())
 }
 
-fn programs() -> Result<()> {
+fn install(programs: &[Program]) -> Result<()> {
     let missing: Vec<&str> =
-        PROGRAMS.iter().filter(|(program, _)| !found(program)).map(|(_, package)| *package).collect();
+        programs.iter().filter(|(program, _)| !found(program)).map(|(_, package)| *package).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -65,8 +74,15 @@ fn programs() -> Result<()> {
     let context = "this machine has no apt-get; install these programs by hand and start again";
     ensure!(show(&mut apt(&["update", "-qq"])).context(context)?.success(), "apt-get update failed");
     let mut args = vec!["install", "-y", "-qq", "--no-install-recommends"];
+    // The lab runs its own nginx, and of Prometheus only promtool: the packages must not start a service. SysV reads the
+    // run level; systemd can't start a unit that was not unpacked.
+    for option in [
+        "Dpkg::Options::=--path-exclude=/lib/systemd/system/prometheus*",
+        "Dpkg::Options::=--path-exclude=/usr/lib/systemd/system/prometheus*",
+    ] {
+        args.extend(["-o", option]);
+    }
     args.extend(&missing);
-    // The demonstration runs its own nginx; the package must not start one.
     let installed = show(apt(&args).env("RUNLEVEL", "1"))?;
     ensure!(installed.success(), "apt-get install {} failed", missing.join(" "));
     Ok(())

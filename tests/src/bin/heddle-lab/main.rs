@@ -1,7 +1,7 @@
-//! What `cargo xtask` runs of the lab: the demonstration, a lab to look around in, and the broom.
+//! What `cargo xtask` runs of the lab: the demonstration, the bench, a lab to look around in, and the broom.
 
+mod bench;
 mod demo;
-mod measure;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -27,8 +27,8 @@ enum Verb {
     },
     /// The demonstration's topology with the mesh running, until Enter or Ctrl-C
     Up,
-    /// Throughput, connect rate and latency between the nodes, with the mesh and without
-    Measure,
+    /// What the mesh costs: throughput, connections, requests, CPU and memory, with it and without
+    Bench(bench::Options),
     /// Removes what labs left whose process is gone
     Sweep,
     /// Removes labs that were kept, too
@@ -51,7 +51,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
     match verb {
         Verb::Demo { keep, html } => demo::run(keep, html.as_deref()),
         Verb::Up => demo::up(),
-        Verb::Measure => measure::run(),
+        Verb::Bench(options) => bench::run(&options),
         Verb::Sweep => said(&state::sweep()?),
         Verb::Remove => said(&state::sweep_kept()?),
         Verb::Leftovers => {

@@ -5,12 +5,15 @@ mod dial;
 mod hbone;
 mod load;
 mod one;
+mod paced;
 mod serve;
 mod udp;
+mod storm;
 
 use std::{net::SocketAddr, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
+use tokio::task::spawn_blocking;
 
 use crate::dial::Dial;
 
@@ -23,7 +26,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Serve until killed: `kind[+flag…]:port`, kinds echo, banner, who, digest, farewell, sink, source, http; flags
+    /// Serve until killed: `kind[+flag…]:port`, kinds echo, reply, banner, who, digest, farewell, sink, source, http; flags
     /// mptcp, fastopen, v4, v6.
     Serve {
         #[arg(long, default_value = "lab-peer")]
@@ -98,6 +101,22 @@ enum Verb {
         #[arg(long)]
         port: u16,
     },
+    /// Short connections for a time, by clients that cost little: connect, one byte there and back, close.
+    Storm {
+        #[command(flatten)]
+        dial: Dial,
+        #[arg(long)]
+        concurrent: usize,
+        #[arg(long)]
+        seconds: u64,
+    },
+    /// Requests at a fixed rate on some connections; latency counts from when each was due.
+    Paced {
+        #[command(flatten)]
+        dial: Dial,
+        #[command(flatten)]
+        pace: paced::Pace,
+    },
     /// HBONE by hand, as a client.
     Hbone {
         #[arg(long)]
@@ -156,6 +175,12 @@ async fn run(verb: Verb) -> anyhow::Result<()> {
         Verb::Throughput { dial, seconds } => tell(&one::throughput(&dial, Duration::from_secs(seconds)).await),
         Verb::Udp { to, count, connected } => tell(&udp::send(to, count, connected).await),
         Verb::UdpEcho { port } => udp::echo(port).await,
+        // Threads that block: not for the runtime's own.
+        Verb::Storm { dial, concurrent, seconds } => {
+            let time = Duration::from_secs(seconds);
+            tell(&spawn_blocking(move || storm::run(&dial, concurrent, time)).await?)
+        }
+        Verb::Paced { dial, pace } => tell(&spawn_blocking(move || paced::run(&dial, pace)).await??),
         Verb::Hbone { to, authority, cert, key, method, say } => {
             tell(&hbone::client(to, &authority, cert.zip(key), &method, &say).await)
         }

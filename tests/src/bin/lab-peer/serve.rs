@@ -22,6 +22,8 @@ use crate::{one::hex, tell};
 enum Kind {
     /// What comes goes back.
     Echo,
+    /// As echo, with a small buffer: for many connections with little on each.
+    Reply,
     /// Speaks first, then echoes.
     Banner,
     /// Tells the addresses that it sees, as JSON, and closes.
@@ -57,6 +59,7 @@ impl FromStr for Spec {
         let mut words = what.split('+');
         let kind = match words.next() {
             Some("echo") => Kind::Echo,
+            Some("reply") => Kind::Reply,
             Some("banner") => Kind::Banner,
             Some("who") => Kind::Who,
             Some("digest") => Kind::Digest,
@@ -134,6 +137,16 @@ async fn answer(kind: Kind, mut stream: TcpStream, peer: SocketAddr, name: &str)
     let _ = stream.set_nodelay(true);
     match kind {
         Kind::Echo => echo(&mut stream).await,
+        Kind::Reply => {
+            let mut buffer = [0; 512];
+            loop {
+                let count = stream.read(&mut buffer).await?;
+                if count == 0 {
+                    return Ok(());
+                }
+                stream.write_all(&buffer[..count]).await?;
+            }
+        }
         Kind::Banner => {
             stream.write_all(format!("220 {name} ready\r\n").as_bytes()).await?;
             echo(&mut stream).await
