@@ -44,7 +44,7 @@ impl Daemon {
     pub fn new(name: &str, netns: &Netns, cgroup_root: &Path, logs: &Path, args: Vec<String>) -> Result<Self> {
         let folder = cgroup_root.join(name);
         cgroup::make(&folder)?;
-        let place = Place { netns: Some(netns.path()), cgroup: Some(folder), logs: logs.to_owned() };
+        let place = Place { netns: Some(netns.path()), cgroup: Some(folder), logs: logs.to_owned(), files: None };
         Ok(Self { name: name.to_owned(), args, place, running: Mutex::new(None) })
     }
 
@@ -162,12 +162,14 @@ impl Ca {
 pub struct AgentOptions {
     pub certificate_lifetime: String,
     pub drain_grace: String,
+    /// Most open files of the agent; as the lab's own where absent.
+    pub files: Option<u64>,
     pub extra: Vec<String>,
 }
 
 impl Default for AgentOptions {
     fn default() -> Self {
-        Self { certificate_lifetime: "1h".to_owned(), drain_grace: "1s".to_owned(), extra: Vec::new() }
+        Self { certificate_lifetime: "1h".to_owned(), drain_grace: "1s".to_owned(), files: None, extra: Vec::new() }
     }
 }
 
@@ -220,7 +222,8 @@ impl Agent {
             args.extend([flag.to_owned(), value.to_owned()]);
         }
         args.extend(options.extra.iter().cloned());
-        let daemon = Daemon::new(&format!("agent-{name}"), &node.netns, cgroup_root, &dir.join("logs"), args)?;
+        let mut daemon = Daemon::new(&format!("agent-{name}"), &node.netns, cgroup_root, &dir.join("logs"), args)?;
+        daemon.place.files = options.files;
         Ok(Self { daemon, netns: node.netns.clone(), dir: dir.to_owned(), admin, access_log, bpffs })
     }
 
@@ -258,6 +261,13 @@ impl Agent {
     pub fn status(&self) -> Result<Value> {
         let output = self.heddle(&["status", "--admin-socket", utf8(&self.admin)?, "--json"])?;
         serde_json::from_str(&output.stdout).with_context(|| format!("heddle status --json: {output:?}"))
+    }
+
+    /// How many connections it carries, as `heddle connections --json` lists them.
+    pub fn connections(&self) -> Result<usize> {
+        let output = self.heddle(&["connections", "--admin-socket", utf8(&self.admin)?, "--json"])?;
+        let list: Vec<Value> = serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))?;
+        Ok(list.len())
     }
 
     /// `heddle status`, as a person reads it. Its exit status tells whether every pod is captured.

@@ -14,6 +14,7 @@ pub struct Call<'pod, T> {
     pod: &'pod Pod,
     args: Vec<String>,
     deadline: Duration,
+    yields: bool,
     report: PhantomData<T>,
 }
 
@@ -35,7 +36,7 @@ pub struct Holding {
 
 impl<'pod, T> Call<'pod, T> {
     pub(crate) fn new(pod: &'pod Pod, verb: &str) -> Self {
-        Self { pod, args: vec![verb.to_owned()], deadline: Duration::from_secs(30), report: PhantomData }
+        Self { pod, args: vec![verb.to_owned()], deadline: Duration::from_secs(30), yields: false, report: PhantomData }
     }
 
     /// Any option of `lab-peer` with a value.
@@ -82,6 +83,12 @@ impl<'pod, T> Call<'pod, T> {
         self.with("--mark", mark)
     }
 
+    /// Takes only the processor time that nobody else wants, as one on another machine would.
+    pub fn yielding(mut self) -> Self {
+        self.yields = true;
+        self
+    }
+
     /// Whole run (seconds).
     pub fn within(mut self, seconds: u64) -> Self {
         self.deadline = Duration::from_secs(seconds);
@@ -92,8 +99,24 @@ impl<'pod, T> Call<'pod, T> {
 impl<T: DeserializeOwned> Call<'_, T> {
     /// Starts it in the background.
     pub fn start(self) -> Result<Running<T>> {
-        let process = self.pod.start_lab_peer(self.args.first().map_or("", String::as_str), &self.args)?;
+        let verb = self.args.first().map_or("", String::as_str);
+        let process = self.pod.start_lab_peer(verb, &self.args, self.yields)?;
         Ok(Running { process, deadline: self.deadline, report: PhantomData })
+    }
+
+    /// Starts it, and waits for a first report; another one comes at its end.
+    pub(crate) fn begin<F: DeserializeOwned>(self) -> Result<(Running<T>, F)> {
+        let mut running = self.start()?;
+        let first = next(&mut running.process, running.deadline)?;
+        Ok((running, first))
+    }
+
+    /// Starts it, and waits for its report; it goes on until [`Holding::close`].
+    pub(crate) fn holding(self) -> Result<(Holding, T)> {
+        let deadline = self.deadline;
+        let mut process = self.start()?.process;
+        let report = next(&mut process, deadline)?;
+        Ok((Holding { process, deadline }, report))
     }
 
     /// Runs it to its end.
@@ -114,11 +137,7 @@ impl<T: DeserializeOwned> Running<T> {
 impl Call<'_, Held> {
     /// Opens the connections; they stay open until [`Holding::close`]. The report is that of the first check.
     pub fn open(self) -> Result<(Holding, Held)> {
-        let deadline = self.deadline;
-        let process = self.start()?.process;
-        let mut holding = Holding { process, deadline };
-        let first = holding.report()?;
-        Ok((holding, first))
+        self.holding()
     }
 }
 
@@ -126,7 +145,7 @@ impl Holding {
     /// Sends a byte on each connection and waits for its echo.
     pub fn check(&mut self) -> Result<Held> {
         self.process.tell("check")?;
-        self.report()
+        next(&mut self.process, self.deadline)
     }
 
     /// Closes all of them.
@@ -134,9 +153,10 @@ impl Holding {
         self.process.close_stdin();
         self.process.wait(self.deadline)?.ok().map(drop)
     }
+}
 
-    fn report(&mut self) -> Result<Held> {
-        let line = self.process.next_line(self.deadline)?;
-        serde_json::from_str(&line).with_context(|| format!("report: {line}"))
-    }
+/// The next report of a client that goes on.
+fn next<T: DeserializeOwned>(process: &mut Process, deadline: Duration) -> Result<T> {
+    let line = process.next_line(deadline)?;
+    serde_json::from_str(&line).with_context(|| format!("report: {line}"))
 }

@@ -103,6 +103,13 @@ impl LabBuilder {
         self
     }
 
+    /// Most open files of every agent.
+    #[must_use]
+    pub fn files(mut self, count: u64) -> Self {
+        self.options.files = Some(count);
+        self
+    }
+
     /// More arguments for every agent.
     #[must_use]
     pub fn agent_args(mut self, args: &[&str]) -> Self {

@@ -23,6 +23,7 @@ pub mod call;
 pub mod capture;
 pub mod certificates;
 pub mod cgroup;
+pub mod hostile;
 pub mod http;
 pub mod lab;
 pub mod logs;
@@ -37,6 +38,7 @@ pub mod service;
 mod skip;
 pub mod state;
 pub mod sys;
+pub mod usage;
 pub mod wait;
 
 pub use agent::TRUST_DOMAIN;

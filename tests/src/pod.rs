@@ -265,6 +265,7 @@ impl Pod {
             netns: Some(self.netns.path()),
             cgroup: Some(self.cgroup.clone()),
             logs: self.ground.claim.dir.join("logs"),
+            files: None,
         };
         Process::start(&place, &name, program, args)
     }
@@ -274,7 +275,7 @@ impl Pod {
         self.start_process("run", program, args)?.wait(Duration::from_secs(60))?.ok()
     }
 
-    fn call<T>(&self, verb: &str) -> Call<'_, T> {
+    pub(crate) fn call<T>(&self, verb: &str) -> Call<'_, T> {
         Call::new(self, verb)
     }
 
@@ -344,8 +345,15 @@ impl Pod {
         self.call("hbone").with("--to", to).with("--authority", authority)
     }
 
-    pub(crate) fn start_lab_peer(&self, verb: &str, args: &[String]) -> Result<Process> {
-        self.start_process(verb, binaries::lab_peer()?, args)
+    /// One that yields has the lowest priority of all on this machine.
+    pub(crate) fn start_lab_peer(&self, verb: &str, args: &[String], yields: bool) -> Result<Process> {
+        let binary = binaries::lab_peer()?;
+        if !yields {
+            return self.start_process(verb, binary, args);
+        }
+        let mut all = vec!["-n".to_owned(), "19".to_owned(), binary.display().to_string()];
+        all.extend_from_slice(args);
+        self.start_process(verb, "nice", &all)
     }
 
     /// Waits until the agent of its node has proven its capture. A node without a running agent is passed over.

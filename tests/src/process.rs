@@ -24,6 +24,8 @@ pub struct Place {
     pub cgroup: Option<PathBuf>,
     /// Folder of the output files.
     pub logs: PathBuf,
+    /// Most open files (`RLIMIT_NOFILE`, soft and hard); as this process where absent.
+    pub files: Option<u64>,
 }
 
 /// A running (or ended) process. Dropping it kills it.
@@ -63,7 +65,7 @@ impl Process {
         let read = fs::metadata(&stdout).map_or(0, |metadata| metadata.len());
         let mut command = Command::new(program.as_ref());
         command.args(args).stdin(Stdio::piped()).stdout(append(&stdout)?).stderr(append(&stderr)?);
-        let mut child = sys::spawn_in(&mut command, place.netns.as_deref(), place.cgroup.as_deref())
+        let mut child = sys::spawn_in(&mut command, place.netns.as_deref(), place.cgroup.as_deref(), place.files)
             .with_context(|| format!("starting {name} ({})", program.as_ref().to_string_lossy()))?;
         let stdin = child.stdin.take();
         Ok(Self { name: name.to_owned(), child, stdin, stdout, stderr, read: usize::try_from(read)? })

@@ -148,6 +148,8 @@ pub enum Event {
     Sunk { bytes: u64, peer: SocketAddr },
     /// `hbone-server`: a tunnel was opened and carried something.
     Tunnel { authority: String, bytes: u64 },
+    /// `script`: what this end of a story met.
+    Told { seed: u64, met: String },
     /// `hbone-server`: a handshake failed.
     HandshakeFailed { error: String },
 }

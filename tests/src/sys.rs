@@ -14,12 +14,21 @@ use std::{
     process::{Child, Command},
 };
 
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::resource::{Resource, setrlimit},
+};
 
-/// Starts `command` inside `cgroup` and `netns`, in a process group of its own so that Ctrl-C reaches the lab alone.
+/// Starts `command` inside `cgroup` and `netns`, with at most `files` open files, in a process group of its own so that
+/// Ctrl-C reaches the lab alone.
 ///
 /// Only the network namespace changes: `ip netns exec` would remount /sys too and hide cgroups and bpffs.
-pub fn spawn_in(command: &mut Command, netns: Option<&Path>, cgroup: Option<&Path>) -> io::Result<Child> {
+pub fn spawn_in(
+    command: &mut Command,
+    netns: Option<&Path>,
+    cgroup: Option<&Path>,
+    files: Option<u64>,
+) -> io::Result<Child> {
     let mut procs = match cgroup {
         Some(folder) => Some(OpenOptions::new().write(true).open(folder.join("cgroup.procs"))?),
         None => None,
@@ -30,7 +39,7 @@ pub fn spawn_in(command: &mut Command, netns: Option<&Path>, cgroup: Option<&Pat
     };
     command.process_group(0);
     // SAFETY: between fork and exec the closure only makes the system calls write(2) and setns(2) on descriptors that
-    // were opened before; both are async-signal-safe and nothing is allocated.
+    // were opened before, and setrlimit(2); all are async-signal-safe and nothing is allocated.
     unsafe {
         command.pre_exec(move || {
             if let Some(procs) = procs.as_mut() {
@@ -38,6 +47,9 @@ pub fn spawn_in(command: &mut Command, netns: Option<&Path>, cgroup: Option<&Pat
             }
             if let Some(netns) = netns.as_ref() {
                 setns(netns, CloneFlags::CLONE_NEWNET)?;
+            }
+            if let Some(files) = files {
+                setrlimit(Resource::RLIMIT_NOFILE, files, files)?;
             }
             Ok(())
         });

@@ -1,119 +1,24 @@
 //! HBONE by hand: an adversary that presents whatever certificate it is given, or none, and believes any server.
 
 use std::{
-    fs::File,
-    io::BufReader,
     net::{Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
-    sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use heddle_lab::reports::{Event, Tunnelled};
-use rustls::{
-    ClientConfig, DigitallySignedStruct, DistinguishedName, Error as TlsError, ServerConfig, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::{CryptoProvider, aws_lc_rs},
-    server::danger::{ClientCertVerified, ClientCertVerifier},
-};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject};
+use rustls_pki_types::CertificateDer;
 use tokio::{
     net::{TcpListener, TcpStream},
     time::timeout,
 };
-use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_rustls::TlsAcceptor;
 
-use crate::tell;
+use crate::{tell, tls};
 
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// Believes everyone: what the other side thinks is the question.
-#[derive(Debug)]
-struct Gullible(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for Gullible {
-    fn verify_server_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, TlsError> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, TlsError> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, TlsError> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-impl ClientCertVerifier for Gullible {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
-    fn verify_client_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _now: UnixTime,
-    ) -> Result<ClientCertVerified, TlsError> {
-        Ok(ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, TlsError> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, TlsError> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-fn provider() -> Arc<CryptoProvider> {
-    Arc::new(aws_lc_rs::default_provider())
-}
-
-fn read_pair(certificate: &Path, key: &Path) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
-    let open = |path: &Path| File::open(path).map(BufReader::new).with_context(|| path.display().to_string());
-    let chain = CertificateDer::pem_reader_iter(open(certificate)?).collect::<Result<Vec<_>, _>>()?;
-    Ok((chain, PrivateKeyDer::from_pem_reader(open(key)?)?))
-}
 
 pub async fn client(
     to: SocketAddr,
@@ -140,23 +45,7 @@ async fn tunnel(
     say: &str,
     report: &mut Tunnelled,
 ) -> Result<()> {
-    let builder = ClientConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Gullible(provider())));
-    let mut config = match pair {
-        Some((certificate, key)) => {
-            let (chain, key) = read_pair(&certificate, &key)?;
-            builder.with_client_auth_cert(chain, key)?
-        }
-        None => builder.with_no_client_auth(),
-    };
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    config.enable_sni = false;
-    let stream = TcpStream::connect(to).await.context("connect")?;
-    stream.set_nodelay(true)?;
-    let name = ServerName::IpAddress(to.ip().into());
-    let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await.context("handshake")?;
+    let stream = tls::connect(&tls::client_from(pair.as_ref())?, to).await.context("handshake")?;
     report.handshake = true;
     report.server_names =
         stream.get_ref().1.peer_certificates().and_then(<[_]>::first).map(uri_names).unwrap_or_default();
@@ -202,13 +91,7 @@ fn uri_names(certificate: &CertificateDer<'_>) -> Vec<String> {
 
 /// Accepts any client, answers every CONNECT with 200, echoes and reports what came.
 pub async fn server(port: u16, certificate: &Path, key: &Path) -> Result<()> {
-    let (chain, key) = read_pair(certificate, key)?;
-    let mut config = ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_client_cert_verifier(Arc::new(Gullible(provider())))
-        .with_single_cert(chain, key)?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let acceptor = TlsAcceptor::from(tls::server(certificate, key)?);
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).await?;
     tell(&Event::Ready)?;
     loop {

@@ -1,14 +1,26 @@
 //! The workload of the lab's pods: servers with known answers, clients that report what they met as one JSON line, and
-//! an adversary that speaks HBONE with any certificate.
+//! adversaries: HBONE with any certificate, and every way to abuse a port, a handshake or a stream.
 
+mod ask;
 mod dial;
+mod flood;
+mod frames;
 mod hbone;
+mod hostile;
 mod load;
+mod many;
 mod one;
+mod outlive;
+mod pace;
 mod paced;
+mod scan;
+mod script;
 mod serve;
-mod udp;
+mod silent;
 mod storm;
+mod stuff;
+mod tls;
+mod udp;
 
 use std::{net::SocketAddr, process::ExitCode, time::Duration};
 
@@ -26,8 +38,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Serve until killed: `kind[+flag…]:port`, kinds echo, reply, banner, who, digest, farewell, sink, source, http; flags
-    /// mptcp, fastopen, v4, v6.
+    /// Serve until killed: `kind[+flag…]:port`, kinds echo, reply, banner, who, digest, farewell, sink, source, http,
+    /// deaf, script; flags mptcp, fastopen, v4, v6.
     Serve {
         #[arg(long, default_value = "lab-peer")]
         name: String,
@@ -143,6 +155,8 @@ enum Verb {
         #[arg(long)]
         key: std::path::PathBuf,
     },
+    #[command(flatten)]
+    Hostile(hostile::Verb),
 }
 
 fn main() -> ExitCode {
@@ -185,6 +199,7 @@ async fn run(verb: Verb) -> anyhow::Result<()> {
             tell(&hbone::client(to, &authority, cert.zip(key), &method, &say).await)
         }
         Verb::HboneServer { port, cert, key } => hbone::server(port, &cert, &key).await,
+        Verb::Hostile(verb) => hostile::run(verb).await,
     }
 }
 

@@ -15,7 +15,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use crate::{one::hex, tell};
+use crate::{one::hex, script, tell};
 
 /// What one port answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +38,10 @@ enum Kind {
     Source,
     /// Answers every HTTP/1.1 request with its name.
     Http,
+    /// Accepts and never reads.
+    Deaf,
+    /// Plays the server's end of a story.
+    Script,
 }
 
 /// `kind[+flag…]:port`.
@@ -67,6 +71,8 @@ impl FromStr for Spec {
             Some("sink") => Kind::Sink,
             Some("source") => Kind::Source,
             Some("http") => Kind::Http,
+            Some("deaf") => Kind::Deaf,
+            Some("script") => Kind::Script,
             other => bail!("no server of kind {other:?}"),
         };
         let mut spec = Self { kind, port: port.parse()?, mptcp: false, fastopen: false, v4: false, v6_only: false };
@@ -193,6 +199,12 @@ async fn answer(kind: Kind, mut stream: TcpStream, peer: SocketAddr, name: &str)
             Ok(stream.shutdown().await?)
         }
         Kind::Http => http(stream, name).await,
+        Kind::Deaf => {
+            // Until the other side resets it, or the server ends.
+            stream.ready(tokio::io::Interest::ERROR).await?;
+            Ok(())
+        }
+        Kind::Script => script::serve(stream).await,
     }
 }
 
