@@ -47,8 +47,12 @@ impl Recording {
         let name = format!("recording-{}", COUNT.fetch_add(1, Ordering::Relaxed));
         let file = claim.dir.join(format!("{name}.pcap"));
         let path = file.to_str().context("path is not UTF-8")?;
-        let place =
-            Place { netns: Some(node.netns.path()), cgroup: Some(claim.cgroup.clone()), logs: claim.dir.join("logs"), files: None };
+        let place = Place {
+            netns: Some(node.netns.path()),
+            cgroup: Some(claim.cgroup.clone()),
+            logs: claim.dir.join("logs"),
+            files: None,
+        };
         // Whole packets, a kernel buffer of 64 MiB, written packet by packet, and no dropping to another user, who could
         // not write into the lab's folder.
         let args = ["-i", LINK, "-w", path, "-s", "0", "-B", "65536", "-U", "--immediate-mode", "-Z", "root", "-n"];

@@ -143,6 +143,12 @@ impl Pod {
         self.call("pace").with("--to", to).with("--rate", rate).with("--seconds", seconds).within(60 + seconds)
     }
 
+    /// `rate` new mutual TLS connections a second, each with a CONNECT that is answered.
+    pub fn shakes(&self, to: SocketAddr, authority: SocketAddr, rate: u64, seconds: u64) -> Call<'_, Churned> {
+        let call = self.call("shakes").with("--to", to).with("--authority", authority);
+        call.with("--rate", rate).with("--seconds", seconds).within(60 + seconds)
+    }
+
     /// `count` connections that tell when they were ended.
     pub fn outlive(&self, to: SocketAddr, count: u64, seconds: u64) -> Call<'_, Fates> {
         self.call("outlive").with("--to", to).with("--count", count).with("--seconds", seconds).within(60 + seconds)

@@ -33,12 +33,15 @@ impl Usage {
         let fields: Vec<&str> = stat.rsplit_once(')').context("stat without a name")?.1.split_whitespace().collect();
         // Fields 14 and 15 of proc(5), counted from the third; USER_HZ is 100 on every Linux.
         let ticks = |field: usize| fields.get(field - 3).and_then(|text| text.parse::<u64>().ok());
-        let cpu = Duration::from_millis(10 * ticks(14).zip(ticks(15)).map(|(user, system)| user + system).context("stat is short")?);
+        let cpu = Duration::from_millis(
+            10 * ticks(14).zip(ticks(15)).map(|(user, system)| user + system).context("stat is short")?,
+        );
         let (mut files, mut sockets) = (0, 0);
         for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
             files += 1;
             // A descriptor that was closed in between is gone; it is counted as what it was, open.
-            sockets += usize::from(fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().starts_with("socket:")));
+            sockets +=
+                usize::from(fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().starts_with("socket:")));
         }
         Ok(Self { rss: rss(pid)?, cpu, files, sockets })
     }

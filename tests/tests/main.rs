@@ -1,6 +1,10 @@
 //! The lab's tests: a file asks one question, a test is a claim that answers it.
 
+mod abuse;
+mod churn;
 mod clean;
+mod fairness;
+mod halfclose;
 mod identity;
 mod laboratory;
 mod life;
@@ -8,7 +12,9 @@ mod load;
 mod paths;
 mod policy;
 mod protocols;
+mod revocation;
 mod services;
+mod stalls;
 mod telemetry;
 mod traces;
 mod wire;

@@ -8,7 +8,7 @@ use crate::{
     ask,
     dial::Dial,
     flood::{self, Attack, Flood},
-    many, outlive, pace, scan, script, silent, stuff, tell,
+    many, outlive, pace, scan, script, shakes, silent, stuff, tell,
 };
 
 #[derive(Debug, Subcommand)]
@@ -128,6 +128,21 @@ pub enum Verb {
         #[arg(long)]
         concurrent: u64,
     },
+    /// New mutual TLS connections at a steady pace, each with one request that is answered and ended.
+    Shakes {
+        #[arg(long)]
+        to: SocketAddr,
+        #[arg(long)]
+        authority: String,
+        #[arg(long)]
+        cert: PathBuf,
+        #[arg(long)]
+        key: PathBuf,
+        #[arg(long)]
+        rate: u64,
+        #[arg(long)]
+        seconds: u64,
+    },
     /// Many identities, signed with the mesh's own root, each with one request.
     Many {
         #[arg(long)]
@@ -159,14 +174,15 @@ pub async fn run(verb: Verb) -> anyhow::Result<()> {
         }
         Verb::Outlive { dial, count, seconds } => outlive::outlive(&dial, count, Duration::from_secs(seconds)).await,
         Verb::Stuff { dial, count, ask } => stuff::stuff(&dial, count, ask.as_deref()).await,
-        Verb::Script { dial, first, count, concurrent } => {
-            tell(&script::run(&dial, first, count, concurrent).await?)
-        }
+        Verb::Script { dial, first, count, concurrent } => tell(&script::run(&dial, first, count, concurrent).await?),
         Verb::Ports { dial, count } => tell(&scan::ports(&dial, count).await?),
         Verb::Syns { to, sources, rate, seconds } => {
             tell(&scan::syns(to, sources, rate, Duration::from_secs(seconds))?)
         }
         Verb::Aborts { dial, count, concurrent } => tell(&scan::aborts(&dial, count, concurrent).await?),
+        Verb::Shakes { to, authority, cert, key, rate, seconds } => {
+            tell(&shakes::run(to, &authority, &(cert, key), rate, Duration::from_secs(seconds)).await?)
+        }
         Verb::Many { to, port, cert, key, count } => tell(&many::run(&to, port, &(cert, key), count).await?),
     }
 }

@@ -16,6 +16,7 @@ mod paced;
 mod scan;
 mod script;
 mod serve;
+mod shakes;
 mod silent;
 mod storm;
 mod stuff;

@@ -12,7 +12,8 @@ use anyhow::Result;
 use heddle_lab::hostile::Scanned;
 use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
-use tokio::{io::AsyncWriteExt, task::JoinSet, time::timeout};
+use tokio::{io::AsyncWriteExt, net::TcpStream, task::JoinSet, time::timeout};
+use tokio_rustls::client::TlsStream;
 
 use crate::{
     dial::kind,
@@ -72,17 +73,31 @@ fn mint(issuer: &Issuer<'static, KeyPair>, number: usize) -> Result<Pair> {
     Ok((vec![certificate.der().clone()], PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()))))
 }
 
-async fn ask(
-    config: &Arc<rustls::ClientConfig>,
-    to: SocketAddr,
-    port: u16,
-    number: usize,
-) -> io::Result<u16> {
+/// One CONNECT on a new connection; its status.
+pub async fn request(stream: &mut TlsStream<TcpStream>, fields: &[(&str, &str)]) -> io::Result<u16> {
+    let mut out = frames::PREFACE.to_vec();
+    frame(&mut out, SETTINGS, 0, 0, &[]);
+    frame(&mut out, HEADERS, END_HEADERS, 1, &frames::block(fields));
+    stream.write_all(&out).await?;
+    loop {
+        let frame = frames::read(stream).await?;
+        match frame.kind {
+            HEADERS => return frames::status(&frame.payload).ok_or_else(|| io::Error::other("no status")),
+            RST_STREAM => return Err(io::Error::other("stream reset")),
+            GOAWAY => return Err(io::Error::other("goaway")),
+            _ => {}
+        }
+    }
+}
+
+async fn ask(config: &Arc<rustls::ClientConfig>, to: SocketAddr, port: u16, number: usize) -> io::Result<u16> {
     let mut stream = tls::connect(config, to).await?;
     let authority = SocketAddr::new(to.ip(), port).to_string();
     let (forwarded, baggage, trace) = (
         format!("for=\"203.0.113.{}:{number}\";host=service-{number}.made-up.svc.cluster.local", number % 256),
-        format!("k8s.cluster.name=c{number},k8s.namespace.name=n{number},service.name=s{number},service.version={number}"),
+        format!(
+            "k8s.cluster.name=c{number},k8s.namespace.name=n{number},service.name=s{number},service.version={number}"
+        ),
         format!("00-{number:032x}-{number:016x}-01"),
     );
     let fields = [
@@ -92,17 +107,5 @@ async fn ask(
         ("baggage", &baggage),
         ("traceparent", &trace),
     ];
-    let mut out = frames::PREFACE.to_vec();
-    frame(&mut out, SETTINGS, 0, 0, &[]);
-    frame(&mut out, HEADERS, END_HEADERS, 1, &frames::block(&fields));
-    stream.write_all(&out).await?;
-    loop {
-        let frame = frames::read(&mut stream).await?;
-        match frame.kind {
-            HEADERS => return frames::status(&frame.payload).ok_or_else(|| io::Error::other("no status")),
-            RST_STREAM => return Err(io::Error::other("stream reset")),
-            GOAWAY => return Err(io::Error::other("goaway")),
-            _ => {}
-        }
-    }
+    request(&mut stream, &fields).await
 }

@@ -36,7 +36,10 @@ enum Side {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
     /// Both send at the same time, and each reads all that the other sent (bytes).
-    Exchange { client: usize, server: usize },
+    Exchange {
+        client: usize,
+        server: usize,
+    },
     /// One byte there, then one back: afterwards both have read everything.
     PingPong(Side),
     /// One end closes its direction, the other sees that.

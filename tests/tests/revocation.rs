@@ -1,0 +1,65 @@
+//! How long does a connection live that policy no longer allows?
+
+use std::time::{Duration, SystemTime};
+
+use heddle_lab::{Lab, Result, needs_root};
+use serde_json::json;
+
+const CONNECTIONS: u64 = 1_000;
+/// From the moment the rule's file is gone (p99).
+const LIMIT: Duration = Duration::from_millis(100);
+
+/// Microseconds since the epoch, as `lab-peer` tells them.
+fn now() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[test]
+fn o6_a_thousand_connections_end_with_the_rule_that_allowed_them() -> Result {
+    needs_root!();
+    let lab = Lab::two_nodes()?;
+    let server = lab.pod("shop", "server").on(2).serves(&["echo:7000"]).start()?;
+    let friend = lab.pod("shop", "friend").start()?;
+    let other = lab.pod("shop", "other").start()?;
+    let allow = |principals: &[String]| json!({"action": "ALLOW", "rules": [{"from": [{"source": {"principals": principals}}]}]});
+    lab.authorize("shop", "friends", &allow(&[friend.principal(), other.principal()]))?;
+    let mut took = Vec::new();
+    // The better of three: a busy machine is not the agent's doing.
+    for round in 0..3 {
+        let (fates, held) = friend.outlive(server.at(7000), CONNECTIONS, 20).open()?;
+        assert_eq!((held.alive, held.failed), (CONNECTIONS, 0), "{held:?}");
+        let (mut stays, first) = other.hold(server.at(7000), 10).open()?;
+        assert_eq!(first.alive, 10);
+        // Replaced by rename, as every writer of whole files does.
+        let before = now();
+        lab.authorize("shop", "friends", &allow(&[other.principal()]))?;
+        let fates = fates.finish()?;
+        let after = |at: u64| Duration::from_micros(at.saturating_sub(before));
+        println!(
+            "O6 {CONNECTIONS} connections: the first closed after {:?}, p50 {:?}, p99 {:?}, the last {:?}",
+            after(fates.first_us),
+            after(fates.p50_us),
+            after(fates.p99_us),
+            after(fates.last_us)
+        );
+        assert_eq!(fates.open, 0, "{fates:?}");
+        assert_eq!(stays.check()?.alive, 10, "what is still allowed goes on");
+        stays.close()?;
+        took.push(after(fates.p99_us));
+        if round == 0 {
+            let line = lab.agent(2)?.wait_access("a closed connection", |line| {
+                line.get("src.identity") == friend.identity() && line.mentions("policy change")
+            })?;
+            assert_eq!(line.get("response_flags"), "DENY", "{line:?}");
+        }
+        if took.iter().any(|took| *took <= LIMIT) {
+            return Ok(());
+        }
+        lab.authorize("shop", "friends", &allow(&[friend.principal(), other.principal()]))?;
+        heddle_lab::until(Duration::from_secs(10), "the friend to be let in again", || {
+            friend.connect(server.at(7000)).say("x").with("--expect", 1).run().ok().filter(|seen| seen.error.is_none())
+        })?;
+    }
+    anyhow::bail!("{took:?}")
+}

@@ -1,0 +1,78 @@
+//! Does a connection whose receiver stops reading hold up another one of the same pods?
+
+use heddle_lab::{Lab, Pod, Result, needs_root, reports::Churned};
+
+/// What every other connection answers within (microseconds, p99).
+const LIMIT: u64 = 5_000;
+
+struct Stage {
+    _lab: Lab,
+    client: Pod,
+    server: Pod,
+}
+
+fn stage() -> Result<Stage> {
+    let lab = Lab::two_nodes()?;
+    let server = lab.pod("shop", "server").on(2).serves(&["echo:7000", "deaf:7001", "source:7002"]).start()?;
+    let client = lab.pod("shop", "client").start()?;
+    let churned = client.churn(server.at(7000), 200, 4).run()?;
+    assert_eq!(churned.failed, 0, "{churned:?}");
+    Ok(Stage { _lab: lab, client, server })
+}
+
+impl Stage {
+    /// New connections one after the other, and requests on one that was there before: the better of two looks, because
+    /// this machine has other things to do as well.
+    fn others(&self, old: heddle_lab::call::Running<Churned>) -> Result<(Churned, Churned)> {
+        let new = self.client.pace(self.server.at(7000), 50, 3).run()?;
+        Ok((old.finish()?, new))
+    }
+
+    fn go_on(&self, stalled: u64, what: &str, stuff: impl Fn() -> Result<heddle_lab::call::Holding>) -> Result {
+        let mut last = String::new();
+        for _ in 0..2 {
+            let old = self.client.pace(self.server.at(7000), 50, 8).flag("--kept").start()?;
+            let holding = stuff()?;
+            let (old, new) = self.others(old)?;
+            holding.close()?;
+            last = format!(
+                "{stalled} {what}: old connection p50 {} p99 {} µs, new ones p50 {} p99 {} µs",
+                old.p50_us, old.p99_us, new.p50_us, new.p99_us
+            );
+            println!("stalls: {last}");
+            assert!(old.failed + new.failed == 0 && old.ok > 100 && new.ok > 100, "{old:?} {new:?}");
+            if old.p99_us <= LIMIT && new.p99_us <= LIMIT {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("{last}")
+    }
+}
+
+#[test]
+fn connections_whose_server_stops_reading_hold_up_no_other() -> Result {
+    needs_root!();
+    let stage = stage()?;
+    for count in [4, 16, 64] {
+        stage.go_on(count, "not read by the server", || {
+            let (holding, stuffed) = stage.client.stuff(stage.server.at(7001), count).open()?;
+            assert_eq!(stuffed.connections, count);
+            assert!(stuffed.bytes > 0, "{stuffed:?}");
+            Ok(holding)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn connections_whose_client_stops_reading_hold_up_no_other() -> Result {
+    needs_root!();
+    let stage = stage()?;
+    for count in [4, 16, 64] {
+        stage.go_on(count, "not read by the client", || {
+            let call = stage.client.stuff(stage.server.at(7002), count).with("--ask", 1_000_000_000);
+            Ok(call.open()?.0)
+        })?;
+    }
+    Ok(())
+}
