@@ -107,6 +107,11 @@ pub const MANIFEST_FILES: usize = 10_000;
 
 /// Access-log lines queued for writing (lines); past it lines are dropped and counted.
 pub const LOG_LINES: usize = 10_000;
+/// Access-log lines of refused and failed connections that carried nothing, for each pod and reason (lines per second);
+/// beyond it they are counted: such connections cost their makers nothing.
+pub const LOG_REFUSALS: u32 = 10;
+/// Pods and reasons whose lines are counted apart (pairs): a node has some hundred pods; past it they share one count.
+pub const LOG_WINDOWS: usize = 4_096;
 /// Label sets that the connection metrics hold (series); past it events count under `overflow`.
 pub const METRIC_SERIES: usize = 10_000;
 /// Requests under way on the metrics, readiness and admin endpoints together (requests).

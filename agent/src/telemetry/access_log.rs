@@ -1,7 +1,7 @@
 //! One line per connection, at its end: who talked to whom, how it was protected, how much, and why it ended.
 //!
 //! Lines go through a bounded queue to a thread of their own. A reader that can't keep up costs lines, which are
-//! counted, never traffic. Whatever a peer or an error text holds, a line stays one line.
+//! counted, never traffic; connections that carried nothing are told of so many times a second, for each pod. Whatever a peer or an error text holds, a line stays one line.
 
 use std::{
     borrow::Cow,
@@ -9,14 +9,18 @@ use std::{
     io::{self, Write},
     net::SocketAddr,
     path::PathBuf,
-    time::{Duration, SystemTime},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
 };
 
 use heddle_common::HBONE_PORT;
 use serde::Serialize;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 
-use super::metrics::{direction_name, security_name};
+use super::{
+    metrics::{direction_name, security_name},
+    suppress::Suppress,
+};
 use crate::{
     life::limits,
     tunnel::{Direction, End, Flow, Security},
@@ -46,6 +50,7 @@ pub struct AccessLog {
     format: Format,
     writer: NonBlocking,
     dropped: ErrorCounter,
+    suppress: Arc<Suppress>,
 }
 
 impl AccessLog {
@@ -69,14 +74,20 @@ impl AccessLog {
             .buffered_lines_limit(lines)
             .thread_name("access-log")
             .finish(writer);
-        (Self { format, dropped: writer.error_counter(), writer }, guard)
+        (Self { format, dropped: writer.error_counter(), writer, suppress: Arc::default() }, guard)
     }
 
-    /// Queues a connection's line, or drops it and counts that.
-    pub fn write(&self, record: &Record<'_>) {
-        let line = record.line(self.format);
+    /// Queues a connection's line, or drops it and counts that. False where the pod had enough of its kind in this second.
+    pub fn write(&self, record: &Record<'_>) -> bool {
+        let before = match record.carried {
+            Some(_) => Some(0),
+            None => self.suppress.admit(record.flow, record.end, Instant::now()),
+        };
+        let Some(before) = before else { return false };
+        let line = record.line_after(before, self.format);
         // Lossy: it never blocks, and a line that does not fit is in `dropped`.
         let _always_ok = self.writer.clone().write_all(&line);
+        true
     }
 
     /// Lines dropped so far.
@@ -108,13 +119,21 @@ impl Record<'_> {
     /// The line with its line feed.
     #[must_use]
     pub fn line(&self, format: Format) -> Vec<u8> {
+        self.line_after(0, format)
+    }
+
+    /// The line, which also tells of `suppressed` ones of its kind before it.
+    fn line_after(&self, suppressed: u64, format: Format) -> Vec<u8> {
         let time = humantime::format_rfc3339_micros(self.time).to_string();
         let (level, message) = match (self.end, &self.carried) {
             (End::Complete, _) => ("info", "connection complete"),
             (End::Failed { .. }, _) => ("warn", "connection failed"),
             (End::Denied(_), _) => ("warn", "connection denied"),
         };
-        let fields = self.fields();
+        let mut fields = self.fields();
+        if suppressed > 0 {
+            fields.push(("suppressed", Value::Number(suppressed)));
+        }
         let mut line = Vec::with_capacity(768);
         match format {
             Format::Text => {

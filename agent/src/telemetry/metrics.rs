@@ -61,6 +61,8 @@ pub(super) struct Metrics {
     pub tunnels: Tunnels,
     pub served: IntCounter,
     pub left: IntCounter,
+    /// Access-log lines that were not written because the pod had enough of their kind in that second.
+    pub suppressed: IntCounter,
     /// Pairs of reason and policy seen, to keep `denied` within its cap.
     denials: Mutex<HashSet<(&'static str, Arc<str>)>>,
     /// The same for `rehearsed`, with the time when each was last logged.
@@ -88,7 +90,12 @@ impl Metrics {
             "workload_manager_proxies_stopped_total",
             "Pods whose listener was served and is no more.",
         )?;
+        let suppressed = IntCounter::new(
+            "heddle_log_lines_suppressed_total",
+            "Access log lines of refused and failed connections beyond what one pod may write in a second.",
+        )?;
         let registry = Registry::new();
+        registry.register(Box::new(suppressed.clone()))?;
         process::register(&registry)?;
         for counter in [&served, &left] {
             registry.register(Box::new(counter.clone()))?;
@@ -104,6 +111,7 @@ impl Metrics {
             handshakes,
             denied,
             rehearsed,
+            suppressed,
             tunnels,
             served,
             left,

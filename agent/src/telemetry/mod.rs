@@ -9,6 +9,7 @@ mod metrics;
 mod pods;
 mod process;
 mod spans;
+mod suppress;
 #[cfg(test)]
 mod tests;
 mod traffic;
@@ -109,7 +110,9 @@ impl Telemetry {
         if let Some(spans) = &self.spans {
             spans.told(flow, end, carried.map(|(bytes, _)| bytes));
         }
-        self.log.write(&Record { time: SystemTime::now(), flow, end, carried });
+        if !self.log.write(&Record { time: SystemTime::now(), flow, end, carried }) {
+            self.metrics.suppressed.inc();
+        }
     }
 }
 
