@@ -15,7 +15,8 @@ const COLLECTOR: &str = "http://192.168.244.1:4317";
 
 /// Starts the receiver on node 1; it prints a line of JSON per span.
 fn receiver(lab: &Lab, python: &std::path::Path) -> Result<Process> {
-    let place = Place { netns: Some(lab.node(1)?.netns.path()), cgroup: None, logs: lab.dir().join("logs") };
+    let place =
+        Place { netns: Some(lab.node(1)?.netns.path()), cgroup: None, logs: lab.dir().join("logs"), files: None };
     let script = binaries::otlp_receiver();
     let script = script.to_str().context("the receiver's path")?;
     let mut process = Process::start(&place, "otlp-receiver", python, &[script, "0.0.0.0:4317"])?;
