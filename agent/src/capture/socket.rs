@@ -56,7 +56,7 @@ fn set_stream_options(socket: &Socket) -> io::Result<()> {
 }
 
 /// The pod's one listener, on every port by way of `lookup`: both families, or IPv4 alone where the kernel has no IPv6.
-/// Accepted sockets inherit TCP_NODELAY.
+/// Accepted sockets inherit TCP_NODELAY and keepalive: a client that vanished without a word is found out.
 pub fn listener(netns: &Netns) -> io::Result<TcpListener> {
     match netns.within(|| stream(Domain::IPV6)) {
         Ok(socket) => {
@@ -76,7 +76,7 @@ pub fn listener(netns: &Netns) -> io::Result<TcpListener> {
 
 fn listen(socket: Socket, address: IpAddr) -> io::Result<TcpListener> {
     socket.set_reuse_address(true)?;
-    socket.set_tcp_nodelay(true)?;
+    set_stream_options(&socket)?;
     socket.bind(&SockAddr::from(SocketAddr::new(address, LISTENER_PORT)))?;
     socket.listen(limits::LISTEN_BACKLOG)?;
     Ok(socket.into())

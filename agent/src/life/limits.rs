@@ -83,8 +83,41 @@ pub const RELAY_BUFFER_MAX: usize = 256 << 10;
 
 /// Listen backlog of each pod's listener (connections).
 pub const LISTEN_BACKLOG: i32 = 4_096;
-/// Connections that the agent holds at a time, per pod (connections).
+/// Connections that the agent holds at a time, per pod (connections): every tunnel, every stream, every plaintext connection.
 pub const CONNECTIONS_PER_POD: usize = 4_096;
+/// Connections of every pod that no other can take (connections), while all of them together need at most half of the descriptors.
+pub const CONNECTIONS_RESERVED: u64 = 64;
+/// What a connection costs at most (descriptors): the client's socket and the app's or the endpoint's.
+pub const DESCRIPTORS_PER_CONNECTION: u64 = 2;
+/// What the agent keeps for itself (descriptors): runtime, logs, maps, CA, metrics, readiness, admin and their clients. A tenth of
+/// RLIMIT_NOFILE if that is more; the rest is for traffic.
+pub const DESCRIPTORS_OWN: u64 = 96 + ADMIN_REQUESTS as u64;
+/// What an enrolled pod costs by itself (descriptors): its listener, its netns, its programs, links and maps.
+pub const DESCRIPTORS_PER_POD: u64 = 16;
+/// Accepted connections of a pod's tunnel port that have not authenticated (connections), beside those of
+/// [`CONNECTIONS_PER_POD`]; at most half of the descriptors that pods share, at least the second. Past it the oldest goes.
+pub const HALF_OPEN_PER_POD: usize = 6_000;
+pub const HALF_OPEN_MIN: usize = 16;
+/// TLS handshakes of a pod, inbound and outbound each (handshakes): one costs a core half a millisecond, so this is a
+/// tenth of a core. Inbound ones past it are reset, outbound ones wait.
+pub const HANDSHAKES: Rate = Rate { per_second: 200, burst: 400 };
+/// Addresses of which a pod's handshakes are counted apart (addresses), per second; past it the rest shares what there is.
+pub const HANDSHAKE_SOURCES: usize = 1_024;
+/// Bytes queued in a pod's connections while the other side takes none (bytes): 64 connections whose whole window is full.
+pub const BUFFERS_PER_POD: u64 = 64 << 20;
+/// Those that no other pod can take (bytes), and the part of the agent's memory that all together may have (1 of so many).
+pub const BUFFERS_RESERVED: u64 = 4 << 20;
+pub const BUFFERS_OF_MEMORY: u64 = 4;
+/// Memory that is reckoned with where the machine does not say (bytes).
+pub const MEMORY_UNKNOWN: u64 = 512 << 20;
+/// A connection's queue is counted from this on, in steps of the second (bytes).
+pub const BUFFER_FREE: u64 = RELAY_BUFFER_MIN as u64;
+pub const BUFFER_STEP: u64 = 64 << 10;
+/// First buffer for what a peer sends before it is known (bytes): a ClientHello has 250 to 2,000 bytes.
+pub const HELLO: usize = 512;
+/// A connection on which neither side says anything for this long is closed (duration), and how often that is looked at.
+pub const STREAM_IDLE: Duration = Duration::from_secs(3_600);
+pub const STREAM_IDLE_LOOK: Duration = Duration::from_secs(60);
 /// First and longest pause after a failed accept (duration): at the fd limit accept fails at once, and would spin.
 pub const ACCEPT_PAUSE_MIN: Duration = Duration::from_millis(1);
 pub const ACCEPT_PAUSE_MAX: Duration = Duration::from_millis(250);
@@ -203,7 +236,9 @@ pub const RELAY_COPY: usize = 2 << 10;
 pub const RELAY_PIECES: usize = 64;
 /// How often a relay that can't read looks whether its socket was reset (duration).
 pub const RELAY_LOOK: Duration = Duration::from_secs(2);
-/// One read of a TLS connection (bytes): rustls alone asks the kernel for 4 KiB at a time.
+/// One read of a TLS connection: first size, and the size it grows to while a connection moves bulk (bytes): rustls alone
+/// asks the kernel for 4 KiB at a time.
+pub const TLS_READ_MIN: usize = 4 << 10;
 pub const TLS_READ: usize = 64 << 10;
 /// Plaintext that a TLS connection holds for writing at most (bytes): one large frame at a time.
 pub const TLS_WRITE: usize = 256 << 10;

@@ -1,6 +1,6 @@
 //! Makes the stages in the order of the journey, runs them until a signal, and drains.
 
-use std::{borrow::Cow, io, sync::Arc};
+use std::{borrow::Cow, io, sync::Arc, time::Instant};
 
 use arc_swap::ArcSwap;
 use axum::{Router, extract::State, http::StatusCode, routing::get};
@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     admin::{AdminError, Answers, CertificateLine, ConnectionLine, PodLine, Socket, Status},
-    budget::Budget,
+    budget::{Budget, Machine, memory_available},
     config::Config,
     drain::drain,
     enrol::Enrolment,
@@ -32,7 +32,7 @@ use crate::{
     identity::{CaClientConfig, Certificates, IdentityError},
     policy::{self, Rulebook},
     telemetry::{AccessLog, Destination, PodReport, Sources, Telemetry, TelemetryError},
-    tunnel::{Context, Observer, Registry},
+    tunnel::{Context, Observer, Quiet, Registry},
 };
 
 /// What readiness waits for until each pod of the node was tried.
@@ -81,14 +81,17 @@ impl StartError {
 /// # Errors
 /// When a stage can't start.
 pub fn run(config: Config) -> Result<(), StartError> {
-    prepare_process()?;
+    let descriptors = prepare_process()?;
+    // Without a number to go by, little is better than too much.
+    let memory = memory_available().unwrap_or(limits::MEMORY_UNKNOWN);
+    let budget = Budget::new(Machine { descriptors, memory });
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(config.workers)
         .thread_name("heddle")
         .enable_all()
         .build()
         .map_err(|error| StartError::System("can't start the runtime", error))?;
-    let ended = runtime.block_on(agent(config));
+    let ended = runtime.block_on(agent(config, budget));
     // What is still there was cut, and told of.
     runtime.shutdown_timeout(limits::CUT_WAIT);
     ended
@@ -102,7 +105,8 @@ pub fn install_crypto() -> Result<(), StartError> {
     rustls::crypto::aws_lc_rs::default_provider().install_default().map_err(|_| StartError::Crypto)
 }
 
-fn prepare_process() -> Result<(), StartError> {
+/// Gives the limit of open files.
+fn prepare_process() -> Result<u64, StartError> {
     install_crypto()?;
     // Keys are in this memory: no core dumps, no ptrace by others of the same user.
     prctl::set_dumpable(false).map_err(|error| StartError::System("can't make memory undumpable", error.into()))?;
@@ -114,10 +118,10 @@ fn prepare_process() -> Result<(), StartError> {
     let (soft, hard) =
         limits.map_err(|error| StartError::System("can't raise the limit of open files", error.into()))?;
     tracing::debug!(soft, hard, "Limit of open files raised");
-    Ok(())
+    Ok(hard)
 }
 
-async fn agent(config: Config) -> Result<(), StartError> {
+async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
     let mut terminate = Terminate::new()?;
     let readiness = Readiness::default();
     let reading = readiness.block("the first snapshot of the cluster");
@@ -164,7 +168,7 @@ async fn agent(config: Config) -> Result<(), StartError> {
         rules: Arc::new(ArcSwap::from_pointee(Rulebook::compile(&view.load()))),
         registry: Registry::default(),
         observer: Arc::clone(&telemetry) as Arc<dyn Observer>,
-        budget: Budget::default(),
+        budget,
         cluster_id: Arc::clone(&config.cluster_id),
         node: Arc::clone(&config.node),
     };
@@ -188,6 +192,7 @@ async fn agent(config: Config) -> Result<(), StartError> {
     let enrolment = tokio::spawn(enrolment.run(view.clone()));
     tokio::spawn(first_certificate(context.certificates.clone(), readiness.clone(), certifying));
     tokio::spawn(sweep(telemetry, view.clone(), stop.clone()));
+    tokio::spawn(close_idle(context.registry.clone(), stop.clone()));
     tokio::spawn(incomplete(view, readiness.clone(), reading, stop.clone()));
     tracing::info!(
         node = %config.node,
@@ -411,6 +416,22 @@ async fn incomplete(mut view: cluster::View, readiness: Readiness, first: Blocke
 /// What readiness and `heddle status` say of a gap.
 fn told(gap: &cluster::PolicyGap) -> String {
     format!("{} to be readable: connections to {} are denied, as policies may be missing", gap.source, gap.place())
+}
+
+/// Closes connections on which nothing is said any more.
+async fn close_idle(registry: Registry, stop: CancellationToken) {
+    let mut due = interval(limits::STREAM_IDLE_LOOK);
+    let mut quiet = Quiet::default();
+    let looking = async {
+        loop {
+            due.tick().await;
+            let closed = quiet.close(&registry, limits::STREAM_IDLE, Instant::now());
+            if closed > 0 {
+                tracing::info!(closed, "Idle connections closed");
+            }
+        }
+    };
+    let _stopped: Option<std::convert::Infallible> = stop.run_until_cancelled(looking).await;
 }
 
 /// Forgets metrics of workloads that are gone.

@@ -85,6 +85,7 @@ fn connection(id: u64, flow: Flow) -> Arc<Connection> {
         request: None,
         cancel: CancellationToken::new(),
         revoked: OnceLock::new(),
+        idle: false.into(),
     })
 }
 

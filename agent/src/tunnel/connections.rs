@@ -6,9 +6,9 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio_util::sync::CancellationToken;
@@ -18,6 +18,7 @@ use crate::{
     capture::TcpHealth,
     cluster::{Service, Workload},
     identity::SpiffeId,
+    life::limits,
     policy::{self, Rulebook},
 };
 
@@ -84,6 +85,8 @@ pub struct Connection {
     pub cancel: CancellationToken,
     /// Set before `cancel` when policy withdrew the permit.
     pub revoked: std::sync::OnceLock<policy::Denial>,
+    /// Set before `cancel` when neither side has said anything for too long.
+    pub idle: AtomicBool,
 }
 
 impl Connection {
@@ -200,6 +203,7 @@ impl Carried {
             request,
             cancel: CancellationToken::new(),
             revoked: std::sync::OnceLock::new(),
+            idle: AtomicBool::new(false),
         });
         registry.shard(id).insert(id, Arc::clone(&connection));
         Self { connection, registry: registry.clone(), observer: Arc::clone(observer), stage: Stage::Opening }
@@ -221,6 +225,11 @@ impl Carried {
     pub fn cancelled(&self) -> End {
         match self.connection.revoked.get() {
             Some(denial) => End::Denied(denial.clone()),
+            None if self.connection.idle.load(Ordering::Acquire) => {
+                let detail =
+                    format!("no byte in either direction for {}", humantime::format_duration(limits::STREAM_IDLE));
+                End::Failed { reason: "idle", response_flags: "-", detail }
+            }
             None => End::Failed { reason: "cancelled", response_flags: "-", detail: "closed by the agent".into() },
         }
     }
@@ -250,6 +259,41 @@ impl Drop for Carried {
             let detail = "the connection's task ended before it".into();
             self.finish(&End::Failed { reason: "aborted", response_flags: "-", detail });
         }
+    }
+}
+
+/// What live connections had carried when they were last looked at, and since when.
+///
+/// Looking at all of them now and then costs a connection nothing; a timer of its own would cost every one of them memory and
+/// wake-ups.
+#[derive(Debug, Default)]
+pub struct Quiet {
+    seen: HashMap<u64, (u64, Instant)>,
+}
+
+impl Quiet {
+    /// Closes every live connection that has carried nothing for `after`. Gives how many.
+    pub fn close(&mut self, registry: &Registry, after: Duration, now: Instant) -> usize {
+        let live = registry.live();
+        let mut still = HashMap::with_capacity(live.len());
+        let mut closed = 0;
+        for connection in live {
+            let (sent, received) = connection.bytes();
+            let carried = sent.wrapping_add(received);
+            let since = match self.seen.get(&connection.id) {
+                Some((before, since)) if *before == carried => *since,
+                _ => now,
+            };
+            if now.saturating_duration_since(since) >= after {
+                connection.idle.store(true, Ordering::Release);
+                connection.cancel.cancel();
+                closed += 1;
+            } else {
+                still.insert(connection.id, (carried, since));
+            }
+        }
+        self.seen = still;
+        closed
     }
 }
 

@@ -6,7 +6,7 @@
 use std::{
     io,
     net::SocketAddr,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -24,7 +24,10 @@ use super::{
     pod::{Pod, workload_at},
     relay,
 };
-use crate::life::limits;
+use crate::life::{
+    budget::{Arriving, Held},
+    limits,
+};
 
 /// Accepts until the pod's `stop`, then takes what the kernel has already queued, and returns.
 pub(super) async fn serve<E: Edge>(pod: Arc<Pod<E>>, listener: std::net::TcpListener) {
@@ -91,26 +94,50 @@ fn take<E: Edge>(pod: &Arc<Pod<E>>, tcp: TcpStream, peer: SocketAddr, trouble: &
         trouble.log(pod, || format!("connection from {peer} to {local} is neither to nor from the pod: reset"));
         return relay::reset(tcp);
     }
-    let Some(budget) = pod.admit() else {
-        pod.refused.fetch_add(1, Ordering::Relaxed);
-        trouble.log(pod, || format!("connection from {peer} to {local} is beyond the pod's budget: reset"));
-        let flow = unadmitted(arrival, local, peer);
-        let detail = format!("the pod holds {} connections", limits::CONNECTIONS_PER_POD);
-        pod.failed(&flow, &End::Failed { reason: "pod_budget", response_flags: "-", detail });
-        return relay::reset(tcp);
+    let admitted = match arrival {
+        // One descriptor until it is known whether the endpoint takes another.
+        Arrival::Outbound { .. } => pod.account.admit(1).map(Admitted::Held),
+        Arrival::Hbone => pod.account.arrive(peer.ip()).map(Admitted::Arriving),
+        _ => pod.account.admit(limits::DESCRIPTORS_PER_CONNECTION).map(Admitted::Held),
+    };
+    let admitted = match admitted {
+        Ok(admitted) => admitted,
+        Err(refusal) => {
+            trouble.log(pod, || format!("connection from {peer} to {local} reset: {refusal}"));
+            let flow = unadmitted(arrival, local, peer);
+            let detail = refusal.to_string();
+            pod.failed(&flow, &End::Failed { reason: refusal.reason(), response_flags: "-", detail });
+            return relay::reset(tcp);
+        }
     };
     // Without it small answers wait for a delayed acknowledgement. A socket that refuses it is broken, and says so when used.
     let _ = tcp.set_nodelay(true);
     let pod = Arc::clone(pod);
-    tokio::spawn(async move {
-        let _budget = budget;
-        match arrival {
-            Arrival::Outbound { destination } => offer::carry(&pod, tcp, peer, destination).await,
-            Arrival::Hbone => answer::hbone(pod, tcp, peer, local).await,
-            Arrival::Plaintext { app } => answer::plaintext(&pod, tcp, peer, app).await,
-            Arrival::Probe | Arrival::Stray => {}
+    // A task of its own size for each kind: one that has said nothing yet is to cost next to nothing.
+    match (arrival, admitted) {
+        (Arrival::Outbound { destination }, Admitted::Held(held)) => {
+            tokio::spawn(async move {
+                let _held = held;
+                offer::carry(&pod, tcp, peer, destination).await;
+            });
         }
-    });
+        (Arrival::Plaintext { app }, Admitted::Held(held)) => {
+            tokio::spawn(async move {
+                let _held = held;
+                answer::plaintext(&pod, tcp, peer, app).await;
+            });
+        }
+        (_, Admitted::Arriving(arriving)) => {
+            tokio::spawn(answer::hbone(pod, tcp, peer, local, arriving));
+        }
+        (_, Admitted::Held(_)) => {}
+    }
+}
+
+/// What a connection is let in by.
+enum Admitted {
+    Held(Held),
+    Arriving(Arriving),
 }
 
 async fn answer_probe(mut tcp: TcpStream, token: [u8; 16]) -> io::Result<()> {

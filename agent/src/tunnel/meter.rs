@@ -80,6 +80,15 @@ impl Metered {
         Self { tcp, wire, observer, looked: Instant::now() }
     }
 
+    /// Counts bytes that were read before it was wrapped.
+    pub fn read_before(&self, bytes: usize) {
+        self.wire.received(bytes);
+    }
+
+    pub fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.tcp.poll_read_ready(cx)
+    }
+
     /// TCP's state, at most once per [`limits::TCP_HEALTH`] and only while there is traffic, pings included.
     fn look_if_due(&mut self) {
         if self.looked.elapsed() >= limits::TCP_HEALTH {

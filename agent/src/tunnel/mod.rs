@@ -10,11 +10,13 @@
 //! waits on a peer without a deadline.
 
 mod answer;
+mod buffered;
 mod classify;
 mod connections;
 mod context;
 mod edge;
 mod frames;
+mod hello;
 mod http2;
 mod listen;
 mod meter;
@@ -26,7 +28,7 @@ mod trace;
 #[cfg(test)]
 mod tests;
 
-pub use connections::{Connection, Direction, End, Flow, Observer, Registry, Security, reconsider};
+pub use connections::{Connection, Direction, End, Flow, Observer, Quiet, Registry, Security, reconsider};
 pub use context::Context;
 pub use meter::Wire;
 pub use offer::{PoolCounts, PoolEnd};

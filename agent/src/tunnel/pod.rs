@@ -1,12 +1,8 @@
 //! One enrolled pod, as all of its connections see it.
 
-use std::{
-    net::IpAddr,
-    sync::{Arc, atomic::AtomicU64},
-};
+use std::{net::IpAddr, sync::Arc};
 
 use arc_swap::ArcSwap;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -18,7 +14,7 @@ use crate::{
     capture::ProbeToken,
     cluster::{Snapshot, View, Workload},
     identity::{SpiffeError, SpiffeId},
-    life::{budget::Budget, limits},
+    life::budget::{Account, Budget},
     policy::Rulebook,
 };
 
@@ -42,20 +38,20 @@ pub(super) struct Pod<E: Edge> {
     pub pool: Pool<Dialer<E>>,
     /// The record with which the pod was enrolled; the snapshot's is preferred.
     enrolled: Arc<Workload>,
-    budget: Arc<Semaphore>,
-    /// Connections refused for want of budget.
-    pub refused: AtomicU64,
+    /// Its part of the node's budgets.
+    pub account: Account,
 }
 
 impl<E: Edge> Pod<E> {
     pub fn new(edge: E, shared: Shared, enrolled: Arc<Workload>, token: ProbeToken, stop: CancellationToken) -> Self {
+        let account = shared.budget.enrol(Arc::clone(&enrolled.uid));
         let pool = Pool::new(Dialer {
             edge: edge.clone(),
+            account: account.clone(),
             observer: Arc::clone(&shared.observer),
             counts: Arc::clone(shared.registry.pool()),
         });
-        let budget = Arc::new(Semaphore::new(limits::CONNECTIONS_PER_POD));
-        Self { edge, shared, token, stop, pool, enrolled, budget, refused: AtomicU64::new(0) }
+        Self { edge, shared, token, stop, pool, enrolled, account }
     }
 
     pub fn uid(&self) -> &Arc<str> {
@@ -70,11 +66,6 @@ impl<E: Edge> Pod<E> {
     /// The identity of any workload of our trust domain.
     pub fn identity(&self, workload: &Workload) -> Result<SpiffeId, SpiffeError> {
         SpiffeId::new(self.edge.trust_domain(), &workload.namespace, &workload.service_account)
-    }
-
-    /// Leave to hold one more connection, while it is held.
-    pub fn admit(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.budget).try_acquire_owned().ok()
     }
 
     /// Tells of a connection that carried nothing.

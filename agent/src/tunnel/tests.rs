@@ -1,6 +1,7 @@
 //! The tunnel over loopback: two pods with real listeners, real mutual TLS and HTTP/2, and an app; only capture is not there.
 
 mod abuse;
+mod budgets;
 mod carry;
 mod world;
 

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use super::target::TargetError;
-use crate::{life::limits, policy::Denial};
+use crate::{
+    life::{budget::Refusal, limits},
+    policy::Denial,
+};
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub(crate) enum AnswerError {
@@ -13,8 +16,8 @@ pub(crate) enum AnswerError {
     Target(#[from] TargetError),
     #[error(transparent)]
     Denied(#[from] Denial),
-    #[error("the pod holds as many connections as it may")]
-    PodBudget,
+    #[error(transparent)]
+    Budget(#[from] Refusal),
     #[error("connecting to the app failed: {detail}")]
     App { reason: &'static str, detail: Arc<str> },
     #[error("the app did not accept in time")]
@@ -31,6 +34,8 @@ pub(crate) enum AnswerError {
     NoConnect,
     #[error("more than {} header fields", limits::HEADER_FIELDS)]
     HeaderFields,
+    #[error("the peer breaks HTTP/2: {0}")]
+    Protocol(Arc<str>),
     #[error("the peer floods: {0}")]
     Flood(Arc<str>),
 }
@@ -42,13 +47,14 @@ impl AnswerError {
             Self::Method => "bad_method",
             Self::Target(error) => error.reason(),
             Self::Denied(denial) => denial.reason(),
-            Self::PodBudget => "pod_budget",
+            Self::Budget(refusal) => refusal.reason(),
             Self::App { reason, .. } | Self::Identity { reason, .. } | Self::Tls { reason, .. } => reason,
             Self::AppTimeout => "app_timeout",
             Self::ClientGone => "client_gone",
             Self::Http2(_) => "h2_handshake",
             Self::NoConnect => "no_connect",
             Self::HeaderFields => "header_fields",
+            Self::Protocol(_) => "h2_protocol",
             Self::Flood(_) => "h2_flood",
         }
     }
@@ -63,9 +69,10 @@ impl AnswerError {
             Self::Http2(_) | Self::NoConnect => "H2_HANDSHAKE_FAILURE",
             Self::Method
             | Self::Target(_)
-            | Self::PodBudget
+            | Self::Budget(_)
             | Self::ClientGone
             | Self::HeaderFields
+            | Self::Protocol(_)
             | Self::Flood(_) => "-",
         }
     }

@@ -9,26 +9,30 @@ use std::{
     },
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream, server::SendResponse};
 use http::{Method, Request, Response, StatusCode};
 use tokio::{
-    io::BufReader,
     net::TcpStream,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout, timeout_at},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{AnswerError, deliver, ended, failed, meant_service, permit, target::target};
 use crate::{
     identity::SpiffeId,
-    life::limits,
+    life::{
+        budget::{Arriving, Refusal},
+        limits,
+    },
     policy,
     tunnel::{
         Direction, Flow, Security, Trace,
+        buffered::Buffered,
         connections::Carried,
         edge::Edge,
         frames::{Alarm, Flood, Frames, Role},
+        hello::hello,
         http2,
         meter::Metered,
         pod::{Pod, workload_at},
@@ -36,8 +40,7 @@ use crate::{
     },
 };
 
-/// The buffer makes one large read of what rustls would ask for in steps of 4 KiB.
-type Tls = TlsStream<BufReader<Metered>>;
+type Tls = TlsStream<Buffered>;
 
 /// What holds for all streams of one connection.
 #[derive(Debug)]
@@ -50,10 +53,53 @@ struct Peer {
     streams: AtomicUsize,
 }
 
-/// Serves one connection to the pod's port 15008, to its end.
-pub(crate) async fn hbone<E: Edge>(pod: Arc<Pod<E>>, tcp: TcpStream, client: SocketAddr, local: SocketAddr) {
-    match authenticate(&pod, tcp, client, local).await {
-        Ok((tls, peer)) => {
+/// Serves one connection to the pod's port 15008, to its end. Small until the peer has said something.
+pub(crate) async fn hbone<E: Edge>(
+    pod: Arc<Pod<E>>,
+    mut tcp: TcpStream,
+    client: SocketAddr,
+    local: SocketAddr,
+    arriving: Arriving,
+) {
+    let deadline = Instant::now() + limits::TLS_HANDSHAKE;
+    let mut bytes = BytesMut::new();
+    let heard = tokio::select! {
+        biased;
+        () = arriving.evicted() => Err(AnswerError::Budget(Refusal::HalfOpen)),
+        heard = timeout_at(deadline, hello(&mut tcp, &mut bytes)) => match heard {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(tls_failed::<E>(&error)),
+            Err(_) => Err(too_late()),
+        },
+    };
+    let heard = heard.and_then(|()| Ok(pod.account.handshake(client.ip())?));
+    match heard {
+        Ok(()) => Box::pin(greeted(pod, tcp, bytes, client, local, arriving, deadline)).await,
+        Err(error) => {
+            pod.shared.observer.handshake(Direction::Inbound, Err(error.reason()));
+            tell(&pod, client, local, &error);
+            relay::reset(tcp);
+        }
+    }
+}
+
+/// Serves a connection whose peer has sent the beginning of a handshake, in `bytes`.
+async fn greeted<E: Edge>(
+    pod: Arc<Pod<E>>,
+    tcp: TcpStream,
+    bytes: BytesMut,
+    client: SocketAddr,
+    local: SocketAddr,
+    arriving: Arriving,
+    deadline: Instant,
+) {
+    let authenticated = tokio::select! {
+        biased;
+        () = arriving.evicted() => Err(AnswerError::Budget(Refusal::HalfOpen)),
+        authenticated = authenticate(&pod, tcp, bytes, client, local, deadline) => authenticated,
+    };
+    match authenticated.and_then(|(tls, peer)| Ok((tls, peer, arriving.establish()?))) {
+        Ok((tls, peer, _held)) => {
             pod.shared.observer.handshake(Direction::Inbound, Ok(()));
             if let Err(error) = streams(&pod, tls, Arc::new(peer)).await {
                 tell(&pod, client, local, &error);
@@ -64,6 +110,14 @@ pub(crate) async fn hbone<E: Edge>(pod: Arc<Pod<E>>, tcp: TcpStream, client: Soc
             tell(&pod, client, local, &error);
         }
     }
+}
+
+fn tls_failed<E: Edge>(error: &std::io::Error) -> AnswerError {
+    AnswerError::Tls { reason: E::handshake_reason(error), detail: error.to_string().into() }
+}
+
+fn too_late() -> AnswerError {
+    AnswerError::Tls { reason: "timeout", detail: "no complete handshake came".into() }
 }
 
 /// Tells of a connection that failed before any CONNECT.
@@ -88,9 +142,12 @@ fn tell<E: Edge>(pod: &Pod<E>, client: SocketAddr, local: SocketAddr, error: &An
 async fn authenticate<E: Edge>(
     pod: &Pod<E>,
     tcp: TcpStream,
+    bytes: BytesMut,
     client: SocketAddr,
     local: SocketAddr,
+    deadline: Instant,
 ) -> Result<(Tls, Peer), AnswerError> {
+    let began = Instant::now();
     let record = pod.record(&pod.shared.cluster.load());
     let own = pod
         .identity(&record)
@@ -102,13 +159,14 @@ async fn authenticate<E: Edge>(
         .await
         .map_err(|error| AnswerError::Identity { reason: error.reason(), detail: error.to_string().into() })?;
     let tcp = Metered::new(tcp, Direction::Inbound, Arc::clone(&pod.shared.observer));
-    let tcp = BufReader::with_capacity(limits::TLS_READ, tcp);
-    let mut tls = match timeout(limits::TLS_HANDSHAKE, TlsAcceptor::from(settings).accept(tcp)).await {
+    tcp.read_before(bytes.len());
+    let tcp = Buffered::new(tcp, bytes, None);
+    // The peer is not to blame for the time that our own certificate took.
+    let deadline = deadline + began.elapsed();
+    let mut tls = match timeout_at(deadline, TlsAcceptor::from(settings).accept(tcp)).await {
         Ok(Ok(tls)) => tls,
-        Ok(Err(error)) => {
-            return Err(AnswerError::Tls { reason: E::handshake_reason(&error), detail: error.to_string().into() });
-        }
-        Err(_) => return Err(AnswerError::Tls { reason: "timeout", detail: "no complete handshake came".into() }),
+        Ok(Err(error)) => return Err(tls_failed::<E>(&error)),
+        Err(_) => return Err(too_late()),
     };
     let session = tls.get_mut().1;
     session.set_buffer_limit(Some(limits::TLS_WRITE));
@@ -151,9 +209,13 @@ async fn streams<E: Edge>(pod: &Arc<Pod<E>>, tls: Tls, peer: Arc<Peer>) -> Resul
                     tokio::spawn(async move { stream(&pod, &guard.0, &alarm, request, respond).await });
                 }
                 Some(Err(error)) => {
-                    // What h2 itself calls a flood: streams that it had to reset, or that were reset before they were taken.
-                    if error.is_library() && error.reason() == Some(Reason::ENHANCE_YOUR_CALM) {
-                        return Err(AnswerError::Flood(error.to_string().into()));
+                    match error.reason() {
+                        // What h2 itself calls a flood: streams that it had to reset, or that were reset before they were taken.
+                        Some(Reason::ENHANCE_YOUR_CALM) if error.is_library() => {
+                            return Err(AnswerError::Flood(error.to_string().into()));
+                        }
+                        Some(_) if error.is_library() => return Err(AnswerError::Protocol(error.to_string().into())),
+                        _ => {}
                     }
                     if first {
                         return Err(AnswerError::Http2(error.to_string().into()));
@@ -240,13 +302,9 @@ async fn stream<E: Edge>(
         trace: Some(trace),
     };
     drop(snapshot);
-    let budget = pod.admit();
-    let asked = asked(&request, peer.local).and_then(|app| match &budget {
-        Some(_) => Ok(app),
-        None => Err(AnswerError::PodBudget),
-    });
-    let app = match asked {
-        Ok(app) => app,
+    let asked = asked(&request, peer.local).and_then(|app| Ok((app, pod.account.admit(1)?)));
+    let (app, _held) = match asked {
+        Ok(asked) => asked,
         Err(error) => {
             refuse(&mut respond, &error);
             return pod.failed(&flow, &failed(&error));
@@ -281,7 +339,8 @@ async fn stream<E: Edge>(
             carried.open();
             let counters = Counters { from_near: &carried.received, to_near: &carried.sent };
             let receive = request.into_body();
-            let result = relay::tunnel(tcp, send, receive, counters, &carried.cancel, None).await;
+            let result =
+                relay::tunnel(tcp, send, receive, counters, pod.account.buffers(), &carried.cancel, None).await;
             let end = ended(&carried, result, true);
             carried.end(&end);
         }

@@ -63,6 +63,7 @@ fn ended(carried: &Carried, result: Result<(), Broken>, near_is_app: bool) -> En
         Err(Broken::Near(_)) if near_is_app => ("app_reset", "-"),
         Err(Broken::Far(_)) if !near_is_app => ("app_reset", "-"),
         Err(Broken::Near(_) | Broken::Far(_) | Broken::Reset(_)) => ("client_reset", "-"),
+        Err(Broken::Budget(refusal)) => (refusal.reason(), "-"),
         Err(Broken::Lost(_)) => ("tunnel_lost", "CONNECT"),
     };
     let detail = result.err().map(|broken| broken.to_string()).unwrap_or_default();

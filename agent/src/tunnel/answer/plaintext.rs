@@ -6,7 +6,6 @@ use tokio::net::TcpStream;
 
 use super::{AnswerError, deliver, ended, failed, permit};
 use crate::{
-    life::limits,
     policy::Request,
     tunnel::{
         Direction, Flow, Security,
@@ -45,7 +44,6 @@ pub(crate) async fn plaintext<E: Edge>(pod: &Pod<E>, tcp: TcpStream, client: Soc
         destination_port: app.port(),
     };
     let mut carried = Carried::register(&pod.shared.registry, &pod.shared.observer, flow, Some(request));
-    keep_alive(&tcp);
     let delivered = tokio::select! {
         biased;
         () = carried.cancel.cancelled() => {
@@ -78,14 +76,4 @@ async fn admit<E: Edge>(
 ) -> Result<TcpStream, AnswerError> {
     let permit = permit(pod, carried)?;
     deliver(pod, permit, client, app).await
-}
-
-/// The client may be another host that dies without a word; no ping of ours finds that out here.
-fn keep_alive(tcp: &TcpStream) {
-    let settings = socket2::TcpKeepalive::new()
-        .with_time(limits::KEEPALIVE_IDLE)
-        .with_interval(limits::KEEPALIVE_INTERVAL)
-        .with_retries(limits::KEEPALIVE_TRIES);
-    // A socket that refuses it is broken, and says so when used.
-    let _ = socket2::SockRef::from(tcp).set_tcp_keepalive(&settings);
 }

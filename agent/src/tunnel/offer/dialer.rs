@@ -2,17 +2,21 @@
 
 use std::{future::Future, io, net::SocketAddr, sync::Arc};
 
+use bytes::BytesMut;
 use rustls_pki_types::ServerName;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, BufReader},
-    time::timeout,
+    io::{AsyncRead, AsyncWrite},
+    time::{Instant, sleep, timeout},
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{counts::PoolCounts, error::OfferError, pool::Key};
 use crate::{
-    life::limits,
-    tunnel::{Direction, Observer, edge::Edge, meter::Metered},
+    life::{
+        budget::{Account, Refusal},
+        limits,
+    },
+    tunnel::{Direction, Observer, buffered::Buffered, edge::Edge, meter::Metered},
 };
 
 /// How the pool gets a connection.
@@ -32,11 +36,11 @@ pub(crate) struct Dialer<E> {
     pub edge: E,
     pub observer: Arc<dyn Observer>,
     pub counts: Arc<PoolCounts>,
+    pub account: Account,
 }
 
 impl<E: Edge> Connector for Dialer<E> {
-    /// The buffer makes one large read of what rustls would ask for in steps of 4 KiB.
-    type Io = TlsStream<BufReader<Metered>>;
+    type Io = TlsStream<Buffered>;
 
     async fn connect(&self, key: &Key) -> Result<Self::Io, OfferError> {
         // Bounded by `Certificates` itself: it waits for a first certificate as long as limits::HOLD.
@@ -45,6 +49,8 @@ impl<E: Edge> Connector for Dialer<E> {
             .client(&key.own, &key.peer)
             .await
             .map_err(|error| OfferError::Identity { reason: error.reason(), detail: error.to_string().into() })?;
+        self.turn().await?;
+        let held = self.account.descriptors(1)?;
         let tcp = match timeout(limits::CONNECT_PEER, self.edge.dial(&key.pod, key.source, key.address)).await {
             Ok(Ok(tcp)) => tcp,
             Ok(Err(error)) => {
@@ -53,6 +59,7 @@ impl<E: Edge> Connector for Dialer<E> {
             Err(_) => return Err(OfferError::TunnelTimeout),
         };
         let tcp = Metered::new(tcp, Direction::Outbound, Arc::clone(&self.observer));
+        let tcp = Buffered::new(tcp, BytesMut::new(), Some(held));
         let (reason, detail) = match timeout(limits::TLS_HANDSHAKE, handshake(settings, tcp, key.address)).await {
             Ok(Ok(tls)) => {
                 self.observer.handshake(Direction::Outbound, Ok(()));
@@ -70,12 +77,29 @@ impl<E: Edge> Connector for Dialer<E> {
     }
 }
 
+impl<E> Dialer<E> {
+    /// Waits until the pod may begin one more handshake.
+    async fn turn(&self) -> Result<(), OfferError> {
+        let deadline = Instant::now() + limits::CONNECT_PEER;
+        loop {
+            let wait = self.account.dial();
+            if wait.is_zero() {
+                return Ok(());
+            }
+            if Instant::now() + wait > deadline {
+                self.account.refused(Refusal::Handshake);
+                return Err(Refusal::Handshake.into());
+            }
+            sleep(wait).await;
+        }
+    }
+}
+
 async fn handshake(
     settings: Arc<rustls::ClientConfig>,
-    tcp: Metered,
+    tcp: Buffered,
     peer: SocketAddr,
-) -> io::Result<TlsStream<BufReader<Metered>>> {
-    let tcp = BufReader::with_capacity(limits::TLS_READ, tcp);
+) -> io::Result<TlsStream<Buffered>> {
     let mut tls = TlsConnector::from(settings).connect(ServerName::from(peer.ip()), tcp).await?;
     tls.get_mut().1.set_buffer_limit(Some(limits::TLS_WRITE));
     Ok(tls)

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use crate::life::budget::Refusal;
+
 /// Cheap to clone: one failed connection attempt is told to all that waited for it.
 #[derive(Debug, Clone, thiserror::Error)]
 pub(crate) enum OfferError {
@@ -25,6 +27,8 @@ pub(crate) enum OfferError {
     Tls { reason: &'static str, detail: Arc<str> },
     #[error("HTTP/2 handshake failed: {0}")]
     Http2(Arc<str>),
+    #[error(transparent)]
+    Budget(#[from] Refusal),
     #[error("no tunnel to the peer became free in time")]
     PoolExhausted,
     #[error("the peer did not answer CONNECT in time")]
@@ -55,6 +59,7 @@ impl OfferError {
             Self::DialTimeout => "connect_timeout",
             Self::TunnelTimeout => "tunnel_connect_timeout",
             Self::Http2(_) => "h2_handshake",
+            Self::Budget(refusal) => refusal.reason(),
             Self::PoolExhausted => "pool_exhausted",
             Self::AnswerTimeout => "connect_answer_timeout",
             Self::Lost(_) => "tunnel_lost",
@@ -73,7 +78,7 @@ impl OfferError {
             Self::Tls { .. } => "TLS_FAILURE",
             Self::Http2(_) => "H2_HANDSHAKE_FAILURE",
             Self::Denied => "DENY",
-            Self::Cancelled => "-",
+            Self::Cancelled | Self::Budget(_) => "-",
             _ => "CONNECT",
         }
     }

@@ -39,13 +39,13 @@ use super::{
 };
 use crate::{
     cluster::{Snapshot, Workload},
-    life::limits,
+    life::{budget::Held, limits},
 };
 
 /// What a candidate was reached by.
 enum Upstream {
     Tunnel(Opened),
-    Plain(TcpStream),
+    Plain(TcpStream, Held),
 }
 
 /// Carries one connection of the pod's app from `client` to `destination`, to its end.
@@ -116,7 +116,9 @@ async fn reach<E: Edge>(
         describe(pod, candidate, flow);
         let reached = match candidate.transport {
             Transport::Tunnel => tunnel(pod, source, client, candidate, flow).await.map(Upstream::Tunnel),
-            Transport::Plain => plain(pod, source, client, candidate.address).await.map(Upstream::Plain),
+            Transport::Plain => {
+                plain(pod, source, client, candidate.address).await.map(|(far, held)| Upstream::Plain(far, held))
+            }
         };
         match reached {
             Err(error) if error.elsewhere() => {
@@ -172,10 +174,11 @@ async fn plain<E: Edge>(
     source: &Workload,
     client: SocketAddr,
     target: SocketAddr,
-) -> Result<TcpStream, OfferError> {
+) -> Result<(TcpStream, Held), OfferError> {
+    let held = pod.account.descriptors(1)?;
     let from = route::source_address(client.ip(), &source.addresses, target.ip())?;
     match timeout(limits::CONNECT_PEER, pod.edge.dial(pod.uid(), from, target)).await {
-        Ok(Ok(tcp)) => Ok(tcp),
+        Ok(Ok(tcp)) => Ok((tcp, held)),
         Ok(Err(error)) => Err(OfferError::Dial { reason: error.reason(), detail: error.to_string().into() }),
         Err(_) => Err(OfferError::DialTimeout),
     }
@@ -188,9 +191,10 @@ async fn relay_to<E: Edge>(pod: &Pod<E>, tcp: TcpStream, upstream: Upstream, flo
     let result = match upstream {
         Upstream::Tunnel(opened) => {
             let stalls = Some(opened.slot.stalls());
-            relay::tunnel(tcp, opened.send, opened.receive, counters, &carried.cancel, stalls).await
+            relay::tunnel(tcp, opened.send, opened.receive, counters, pod.account.buffers(), &carried.cancel, stalls)
+                .await
         }
-        Upstream::Plain(far) => relay::direct(tcp, far, counters, &carried.cancel).await,
+        Upstream::Plain(far, _held) => relay::direct(tcp, far, counters, &carried.cancel).await,
     };
     let end = match result {
         Ok(()) => End::Complete,
@@ -205,6 +209,7 @@ fn broke(broken: &Broken) -> End {
         Broken::Near(_) => ("client_reset", "-"),
         Broken::Far(_) | Broken::Reset(_) => ("peer_reset", "-"),
         Broken::Lost(_) => ("tunnel_lost", "CONNECT"),
+        Broken::Budget(refusal) => (refusal.reason(), "-"),
         Broken::Cancelled => ("cancelled", "-"),
     };
     End::Failed { reason, response_flags, detail: broken.to_string() }

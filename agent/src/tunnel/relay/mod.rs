@@ -27,7 +27,10 @@ use tokio_util::sync::CancellationToken;
 
 use self::{tcp_to_tcp::TcpToTcp, tcp_to_tunnel::TcpToTunnel, tunnel_to_tcp::TunnelToTcp};
 use super::http2::Stalls;
-use crate::life::limits;
+use crate::life::{
+    budget::{Buffers, Refusal},
+    limits,
+};
 
 /// What ended a relay before both sides had finished.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +47,9 @@ pub(super) enum Broken {
     /// The connection that carried the stream is gone.
     #[error("tunnel lost: {0}")]
     Lost(String),
+    /// There is no room for what one end sends and the other does not take.
+    #[error(transparent)]
+    Budget(#[from] Refusal),
     #[error("closed by the agent")]
     Cancelled,
 }
@@ -75,13 +81,14 @@ pub(super) async fn tunnel(
     mut send: SendStream<Bytes>,
     mut receive: RecvStream,
     counters: Counters<'_>,
+    buffers: Buffers,
     cancel: &CancellationToken,
     stalls: Option<&Stalls>,
 ) -> Result<(), Broken> {
     let result = {
         let (reader, writer) = tcp.split();
         let mut up = TcpToTunnel::new(reader, &mut send, counters.from_near, stalls);
-        let mut down = TunnelToTcp::new(&mut receive, writer, counters.to_near);
+        let mut down = TunnelToTcp::new(&mut receive, writer, counters.to_near, buffers);
         let mut cancelled = pin!(cancel.cancelled());
         let mut look = Look::default();
         poll_fn(|cx| {

@@ -17,7 +17,7 @@ use h2::RecvStream;
 use tokio::{io::AsyncWrite, net::tcp::WriteHalf};
 
 use super::Broken;
-use crate::life::limits;
+use crate::life::{budget::Buffers, limits};
 
 #[derive(Debug)]
 pub(super) struct TunnelToTcp<'a> {
@@ -25,6 +25,8 @@ pub(super) struct TunnelToTcp<'a> {
     output: WriteHalf<'a>,
     counter: &'a AtomicU64,
     queue: Queue,
+    /// Room for the queue while it waits.
+    buffers: Buffers,
     ended: bool,
     /// The socket takes nothing now.
     pub blocked: bool,
@@ -32,8 +34,9 @@ pub(super) struct TunnelToTcp<'a> {
 }
 
 impl<'a> TunnelToTcp<'a> {
-    pub fn new(receive: &'a mut RecvStream, output: WriteHalf<'a>, counter: &'a AtomicU64) -> Self {
-        Self { receive, output, counter, queue: Queue::default(), ended: false, blocked: false, done: false }
+    pub fn new(receive: &'a mut RecvStream, output: WriteHalf<'a>, counter: &'a AtomicU64, buffers: Buffers) -> Self {
+        let queue = Queue::default();
+        Self { receive, output, counter, queue, buffers, ended: false, blocked: false, done: false }
     }
 
     pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
@@ -42,7 +45,13 @@ impl<'a> TunnelToTcp<'a> {
             if !self.queue.is_empty() {
                 let written = self.poll_write(cx);
                 self.blocked = written.is_pending();
+                if self.blocked {
+                    self.buffers.hold(self.queue.len())?;
+                }
                 let written = ready!(written)?;
+                if self.queue.is_empty() {
+                    self.buffers.release();
+                }
                 self.counter.fetch_add(written as u64, Ordering::Relaxed);
                 // Fails only when the stream has just ended, and then there is no window to give back.
                 let _ = self.receive.flow_control().release_capacity(written);

@@ -168,23 +168,29 @@ async fn rapid_reset_ends_the_connection() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn making_us_reset_ends_the_connection() {
-    // Data on a stream that the peer has ended is an error of the stream, which we then reset (CVE-2025-8671).
+    // A request without a method is an error of its stream, which we then reset (CVE-2025-8671).
     let mut stream = 1;
-    ends("data after the end", || {
+    ends("malformed requests", || {
         let mut bytes = Vec::new();
         for _ in 0..32 {
-            let mut open = connect(stream, "127.9.9.9:80");
-            open[4] |= 0x1;
-            bytes.extend(open);
-            bytes.extend(frame(0, 0, stream, b"x"));
+            bytes.extend(frame(1, 0x4, stream, b"\x01\x01x"));
             stream += 2;
         }
         bytes
     })
     .await;
-    // So is a window update of nothing, which h2 takes as an error of the connection.
+    // h2 takes these as errors of the connection.
     let mut stream = 1;
-    ends_as("h2_handshake", "window update of nothing", || {
+    ends_as("h2_protocol", "data after the end", || {
+        let mut open = connect(stream, "127.9.9.9:80");
+        open[4] |= 0x1;
+        open.extend(frame(0, 0, stream, b"x"));
+        stream += 2;
+        open
+    })
+    .await;
+    let mut stream = 1;
+    ends_as("h2_protocol", "window update of nothing", || {
         let bytes = [connect(stream, "127.9.9.9:80"), frame(8, 0, stream, &[0; 4])].concat();
         stream += 2;
         bytes

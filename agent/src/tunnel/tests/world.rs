@@ -29,7 +29,7 @@ use crate::{
     capture::{CaptureError, ProbeToken, TcpHealth},
     cluster::{Service, Snapshot, View, Workload},
     identity::{IdentityError, SpiffeId, TrustDomain},
-    life::budget::Budget,
+    life::budget::{Budget, Machine},
     policy::Rulebook,
     tunnel::{
         Connection, Direction, End, Flow, Observer, Registry, Wire,
@@ -40,6 +40,8 @@ use crate::{
 };
 
 pub const PORT: u16 = 8_080;
+/// Delivery to this port panics.
+pub const PANICS: u16 = 6_666;
 const APP: u16 = 10_000;
 
 /// Two middle octets of loopback addresses that no other test uses, in this process or in one of its own beside it:
@@ -146,6 +148,7 @@ impl Edge for Loopback {
     }
 
     async fn deliver(&self, uid: &str, client: IpAddr, app: SocketAddr) -> Result<TcpStream, CaptureError> {
+        assert_ne!(app.port(), PANICS, "what a defect would do");
         self.delivered_for.lock().unwrap().push((client, app));
         let app = SocketAddr::new(app.ip(), app.port() + APP);
         dial(client, app).await.map_err(|_| CaptureError::NotAttached(uid.into()))
@@ -268,8 +271,18 @@ impl World {
         Self::trusting(&authority, &authority)
     }
 
+    /// On nodes of this size.
+    pub fn on(machine: Machine) -> Self {
+        let authority = Authority::new();
+        Self::of(&authority, &authority, machine)
+    }
+
     /// `b` has its certificate from, and trusts, `other`.
     pub fn trusting(authority: &Arc<Authority>, other: &Authority) -> Self {
+        Self::of(authority, other, Machine { descriptors: 20_000, memory: 1 << 34 })
+    }
+
+    fn of(authority: &Arc<Authority>, other: &Authority, machine: Machine) -> Self {
         let ([high, low], claim) = subnet();
         let at = |host: u8| IpAddr::V4(Ipv4Addr::new(127, 100 + high, low, host));
         let (a, b, vip) = (at(1), at(2), at(100));
@@ -294,7 +307,6 @@ impl World {
         let snapshot = snapshot(&records, &[service]);
         let rules = Arc::new(ArcSwap::from_pointee(Rulebook::compile(&snapshot)));
         let (snapshots, receiver) = watch::channel(Arc::new(snapshot));
-        let budget = Budget::default();
         let served = |record: &Arc<Workload>, edge: Loopback| {
             let observer = Arc::new(Record::default());
             let registry = Registry::default();
@@ -305,7 +317,7 @@ impl World {
                 registry: registry.clone(),
                 observer: observer.clone(),
                 cluster_id: "Kubernetes".into(),
-                budget: budget.clone(),
+                budget: Budget::new(machine),
             };
             let pod = Pod::new(edge, shared, record.clone(), ProbeToken([7; 16]), stop.clone());
             let address = record.addresses[0];
