@@ -19,6 +19,8 @@
 pub mod capture;
 pub mod cli;
 pub mod cluster;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod identity;
 pub mod life;
 pub mod policy;

@@ -5,8 +5,10 @@ mod ci;
 mod console;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod lab;
 mod setup;
+mod specification;
 mod steps;
 mod test;
 
@@ -35,6 +37,8 @@ enum Verb {
         #[arg(long)]
         check: bool,
     },
+    /// Every parser that something outside feeds, 20 seconds each
+    Fuzz(fuzz::Options),
     /// The demonstration's nodes and pods, to look around in
     Lab(lab::Options),
     /// What continuous integration runs
@@ -47,6 +51,7 @@ fn main() -> ExitCode {
         Verb::Test(options) => test::run(&options),
         Verb::Bench(options) => bench::run(&options),
         Verb::Ebpf { check } => ebpf::run(check).map(|()| ExitCode::SUCCESS),
+        Verb::Fuzz(options) => fuzz::run(&options),
         Verb::Lab(options) => lab::run(&options),
         Verb::Ci => ci::run(),
     };

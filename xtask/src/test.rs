@@ -10,7 +10,9 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{
     console::{PACKAGES, cargo, catch_interrupts, follow, interrupted, is_root, show, target},
-    ebpf, setup,
+    ebpf,
+    fuzz::{self, Fuzzed},
+    setup, specification,
     steps::Tally,
 };
 
@@ -31,6 +33,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if options.lab.is_none() {
         checks(&mut tally)?;
         unit_tests(&mut tally)?;
+        fuzzing(&mut tally)?;
     }
     if !interrupted() {
         lab_tests(&mut tally, options.lab.as_deref())?;
@@ -63,6 +66,17 @@ fn checks(tally: &mut Tally) -> Result<()> {
     } else {
         tally.skipped.push("cargo clippy: not installed (rustup component add clippy)".to_owned());
     }
+    title("promises");
+    match specification::check() {
+        Ok(promises) => {
+            println!("{promises} promises, each with a test or a row of the bench that is there");
+            tally.check("SPECIFICATION.md", true);
+        }
+        Err(error) => {
+            eprintln!("{error:#}");
+            tally.check("SPECIFICATION.md", false);
+        }
+    }
     title("kernel object");
     match ebpf::run(true) {
         Ok(()) => tally.check("cargo xtask ebpf --check", true),
@@ -88,6 +102,18 @@ fn unit_tests(tally: &mut Tally) -> Result<()> {
     let before = tally.failed;
     let done = follow(cargo(["test", "--doc"]).args(PACKAGES), |line| tally.read(line))?;
     settle(tally, before, done.success(), "documentation tests");
+    Ok(())
+}
+
+fn fuzzing(tally: &mut Tally) -> Result<()> {
+    title("fuzzing");
+    match fuzz::fuzz(&fuzz::Options::default())? {
+        Fuzzed::Done { good, crashed } => {
+            tally.passed += good;
+            crashed.iter().for_each(|crash| tally.check(crash, false));
+        }
+        Fuzzed::Skipped(why) => tally.skipped.push(format!("fuzzing: {why}")),
+    }
     Ok(())
 }
 

@@ -8,6 +8,8 @@ mod connect;
 mod destinations;
 mod enrol;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod handle;
 mod kernel;
 mod load;

@@ -156,7 +156,7 @@ pub fn token_line(token: &[u8; 16]) -> String {
     token.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn parse_token(line: &str) -> Option<[u8; 16]> {
+pub(super) fn parse_token(line: &str) -> Option<[u8; 16]> {
     let line = line.trim();
     if line.len() != 32 || !line.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return None;

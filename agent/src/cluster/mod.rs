@@ -7,6 +7,8 @@
 //! ```
 
 mod enrolment;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod index;
 pub mod kinds;
 mod manifests;

@@ -11,6 +11,8 @@
 pub mod ca;
 mod certificates;
 mod client;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod key;
 mod roots;
 mod rotation;

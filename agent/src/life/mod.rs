@@ -13,6 +13,8 @@ pub mod budget;
 pub mod config;
 pub mod drain;
 pub mod enrol;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod http;
 mod keeper;
 pub mod limits;

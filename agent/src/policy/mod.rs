@@ -11,6 +11,8 @@
 
 mod decide;
 mod explain;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod model;
 mod parse;
 mod question;

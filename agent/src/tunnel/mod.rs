@@ -16,6 +16,8 @@ mod connections;
 mod context;
 mod edge;
 mod frames;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod hello;
 mod http2;
 mod listen;

@@ -3,6 +3,8 @@
 //! A request becomes a certificate in `issue` (pure), the root comes from `root`, connections are in `server`.
 //! Nothing of a request's extensions is ever copied, and a caller never learns why it was refused.
 
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing;
 mod issue;
 mod root;
 mod server;

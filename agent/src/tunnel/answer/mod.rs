@@ -3,6 +3,8 @@
 //! After capture, classification and, for the tunnel, mutual TLS. A denied connection never reaches the app's socket.
 
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing;
 mod hbone;
 mod plaintext;
 mod target;

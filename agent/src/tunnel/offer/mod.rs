@@ -7,6 +7,8 @@ mod balance;
 mod counts;
 mod dialer;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing;
 mod pool;
 mod request;
 mod route;
