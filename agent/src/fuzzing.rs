@@ -18,8 +18,10 @@ pub use crate::{
 mod tests {
     use std::{fs, path::Path};
 
+    type Target = fn(&[u8]);
+
     /// Name of a target, of its folder of the corpus, and what it runs.
-    const TARGETS: [(&str, fn(&[u8])); 14] = [
+    const TARGETS: [(&str, Target); 14] = [
         ("arrival", super::arrival),
         ("ca_answer", super::ca_answer),
         ("capture", super::capture),

@@ -34,7 +34,7 @@ pub struct Options {
 /// What came of it.
 pub enum Fuzzed {
     /// Targets that ran well, and what was wrong with the others.
-    Done { good: usize, crashed: Vec<String> },
+    Done { good: u64, crashed: Vec<String> },
     /// Why nothing can be fuzzed here.
     Skipped(String),
 }
