@@ -49,7 +49,7 @@ fn both_sides_of_a_connection_are_spans_of_one_trace_to_an_independent_receiver(
     let client = lab.pod("shop", "client").start()?;
     let service = lab.service("shop", "web", (80, 7000), &[&server])?;
 
-    let wait = Duration::from_secs(20);
+    let wait = Duration::from_secs(40);
     // A connection before the agent knows the Service goes nowhere, and makes no span.
     until(wait, "the Service to be known", || {
         let seen = client.connect(service.at()).say("hello").with("--expect", 5).run().ok()?;

@@ -12,13 +12,16 @@ use std::{
 use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 
 use super::{
-    AnnotatedPlaces, Objects, Places, PolicyGap, Snapshot, Unattended, Warning, Workload,
+    AnnotatedPlaces, Locality, Objects, Places, PolicyGap, Snapshot, Unattended, Warning, Workload,
     enrolment::{self, Wish},
     naming, services,
 };
 
 /// Annotation on a pod: `open` or `closed`.
 const WHEN_UNATTENDED: &str = "heddle.dev/when-unattended";
+
+/// Label of a node.
+const REGION: &str = "topology.kubernetes.io/region";
 
 /// What indexing needs to know beside the objects.
 #[derive(Debug, Clone)]
@@ -89,6 +92,7 @@ pub fn index(parts: &[Arc<Objects>], settings: &Settings, generation: u64) -> Sn
         invalid_policies: invalid,
         policy_gaps: parts.iter().flat_map(|part| &part.policy_gaps).map(|gap| whole_mesh(gap, settings)).collect(),
         root_namespace: Arc::clone(&settings.root_namespace),
+        localities: Arc::new(nodes.values().filter_map(|node| locality(&node.metadata)).collect()),
         warnings,
     }
 }
@@ -101,6 +105,15 @@ fn whole_mesh(gap: &Arc<PolicyGap>, settings: &Settings) -> Arc<PolicyGap> {
         }
         _ => Arc::clone(gap),
     }
+}
+
+/// Name and place of a node that says where it is.
+fn locality(node: &ObjectMeta) -> Option<(Arc<str>, Locality)> {
+    let labels = node.labels.as_ref()?;
+    let label = |key| labels.get(key).map(String::as_str).unwrap_or_default();
+    let (region, zone) = (label(REGION), label(services::ZONE));
+    let known = !region.is_empty() || !zone.is_empty();
+    known.then(|| (name_of(node).into(), Locality { region: region.into(), zone: zone.into() }))
 }
 
 /// Objects by (namespace, name); a later one replaces an earlier one.

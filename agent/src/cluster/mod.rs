@@ -27,7 +27,7 @@ pub use objects::Objects;
 pub use places::{AnnotatedPlaces, Places};
 pub(crate) use read::{Found, Manifest, read};
 pub use snapshot::{
-    Endpoint, InvalidPolicy, Naming, Place, PolicyGap, PolicyKind, Service, ServicePort, Snapshot, Unattended, View,
-    Warning, Workload,
+    Endpoint, InvalidPolicy, Locality, Naming, Place, PolicyGap, PolicyKind, Service, ServicePort, Snapshot,
+    Unattended, View, Warning, Workload,
 };
 pub use watch::{Source, SourceError};

@@ -21,7 +21,7 @@ use super::{
 /// Label of an EndpointSlice that names its Service.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// Label of a Node.
-const ZONE: &str = "topology.kubernetes.io/zone";
+pub(super) const ZONE: &str = "topology.kubernetes.io/zone";
 
 type Services = (HashMap<Arc<str>, Arc<Service>>, HashMap<IpAddr, Arc<Service>>);
 

@@ -36,6 +36,8 @@ pub struct Snapshot {
     pub policy_gaps: Vec<Arc<PolicyGap>>,
     /// Namespace whose policies without a selector hold for the whole mesh.
     pub root_namespace: Arc<str>,
+    /// Where nodes are, by name; nodes that don't say are left out.
+    pub localities: Arc<HashMap<Arc<str>, Locality>>,
     /// What indexing found odd, and how it took it. For people: nothing decides by them.
     pub warnings: Vec<Warning>,
 }
@@ -61,6 +63,7 @@ impl Snapshot {
             invalid_policies,
             policy_gaps,
             root_namespace,
+            localities,
             warnings,
         } = self;
         *workloads == other.workloads
@@ -72,6 +75,7 @@ impl Snapshot {
             && *invalid_policies == other.invalid_policies
             && *policy_gaps == other.policy_gaps
             && *root_namespace == other.root_namespace
+            && *localities == other.localities
             && *warnings == other.warnings
     }
 }
@@ -229,6 +233,13 @@ pub struct Endpoint {
     pub ready: bool,
     pub terminating: bool,
     pub node: Arc<str>,
+    pub zone: Arc<str>,
+}
+
+/// Where a node is, by its `topology.kubernetes.io` labels; empty where it does not say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Locality {
+    pub region: Arc<str>,
     pub zone: Arc<str>,
 }
 

@@ -76,6 +76,10 @@ pub struct Raw {
     /// File that the access log is appended to, or - for stdout.
     #[arg(long, env = "HEDDLE_ACCESS_LOG", default_value = "-", value_name = "FILE")]
     pub access_log: PathBuf,
+    /// Add the labels source_region, source_zone, destination_region and destination_zone to the istio_tcp_ metrics, from
+    /// the topology labels of Nodes.
+    #[arg(long, env = "HEDDLE_METRICS_LOCALITY")]
+    pub metrics_locality: bool,
     /// OpenTelemetry collector that gets a span per side of each tunnelled connection (OTLP over gRPC, without TLS),
     /// http://HOST:PORT [default: none is sent].
     #[arg(long, env = "HEDDLE_OTLP_ENDPOINT", value_name = "URL")]
@@ -116,6 +120,7 @@ pub struct Config {
     pub readiness_listen: SocketAddr,
     pub log_format: Format,
     pub access_log: Destination,
+    pub metrics_locality: bool,
     /// Where spans are sent; `None` sends none.
     pub spans: Option<Export>,
     pub drain_grace: Duration,
@@ -169,6 +174,7 @@ impl Raw {
                 path if path == "-" => Destination::Stdout,
                 _ => Destination::File(self.access_log),
             },
+            metrics_locality: self.metrics_locality,
             spans: spans(self.otlp_endpoint, &self.otlp_sample_ratio)?,
             drain_grace: duration("--drain-grace", &self.drain_grace)?,
             workers: workers(self.workers)?,

@@ -137,6 +137,9 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
         TelemetryError::AccessLog { path, error }
     })?;
     let mut telemetry = Telemetry::new(Arc::clone(&config.cluster_id), log)?;
+    if config.metrics_locality {
+        telemetry.add_localities();
+    }
     let export = |export| telemetry.export(export, Arc::clone(&config.node), Arc::clone(&config.cluster_id));
     let exporting = config.spans.as_ref().map(export).transpose()?;
     let telemetry = Arc::new(telemetry);
@@ -191,6 +194,7 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
     let enrolment = Enrolment::new(context.clone(), Arc::clone(&config.node), pods, enrolling, stop.clone());
     let enrolment = tokio::spawn(enrolment.run(view.clone()));
     tokio::spawn(first_certificate(context.certificates.clone(), readiness.clone(), certifying));
+    tokio::spawn(learn(Arc::clone(&telemetry), view.clone(), stop.clone()));
     tokio::spawn(sweep(telemetry, view.clone(), stop.clone()));
     tokio::spawn(close_idle(context.registry.clone(), stop.clone()));
     tokio::spawn(incomplete(view, readiness.clone(), reading, stop.clone()));
@@ -432,6 +436,14 @@ async fn close_idle(registry: Registry, stop: CancellationToken) {
         }
     };
     let _stopped: Option<std::convert::Infallible> = stop.run_until_cancelled(looking).await;
+}
+
+/// Tells telemetry of each snapshot.
+async fn learn(telemetry: Arc<Telemetry>, mut view: cluster::View, stop: CancellationToken) {
+    telemetry.learn(&view.load());
+    while let Some(Some(snapshot)) = stop.run_until_cancelled(view.next()).await {
+        telemetry.learn(&snapshot);
+    }
 }
 
 /// Forgets metrics of workloads that are gone.

@@ -101,6 +101,8 @@ impl AccessLog {
 #[derive(Debug)]
 pub struct Record<'a> {
     pub time: SystemTime,
+    /// Name of the cluster that known workloads belong to.
+    pub cluster: &'a str,
     pub flow: &'a Flow,
     pub end: &'a End,
     /// Bytes from client to app and from app to client, and the time it lasted; `None` when it failed before a byte.
@@ -189,12 +191,14 @@ impl Record<'_> {
             ("src.addr", Some(Value::Word(flow.source.to_string()))),
             ("src.workload", source.and_then(|workload| text(&workload.name))),
             ("src.namespace", source.and_then(|workload| text(&workload.namespace))),
+            ("src.cluster", source.and_then(|_| text(self.cluster))),
             ("src.identity", identity(&flow.source_principal)),
             ("dst.addr", Some(Value::Word(reached(flow).to_string()))),
             ("dst.hbone_addr", flow.hbone_target.map(|target| Value::Word(target.to_string()))),
             ("dst.service", flow.destination_service.as_deref().and_then(|service| text(&service.hostname))),
             ("dst.workload", destination.and_then(|workload| text(&workload.name))),
             ("dst.namespace", destination.and_then(|workload| text(&workload.namespace))),
+            ("dst.cluster", destination.and_then(|_| text(self.cluster))),
             ("dst.identity", identity(&flow.destination_principal)),
             ("direction", text(direction_name(flow.direction))),
             ("security", text(security_name(flow.security))),

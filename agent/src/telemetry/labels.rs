@@ -3,10 +3,13 @@
 //! Values come only from the cluster snapshot and from verified identities, never from what a peer wrote, so a peer can't
 //! make series. The byte directions are decided in [`super::traffic`].
 
-use std::sync::{Arc, LazyLock};
+use std::{
+    collections::HashMap,
+    sync::{Arc, LazyLock},
+};
 
 use crate::{
-    cluster::Workload,
+    cluster::{Locality, Workload},
     identity::SpiffeId,
     tunnel::{Direction, Flow, Security},
 };
@@ -35,8 +38,17 @@ pub(super) const NAMES: [&str; COUNT] = [
     "destination_cluster",
     "request_protocol",
     "connection_security_policy",
+    "source_region",
+    "source_zone",
+    "destination_region",
+    "destination_zone",
 ];
-const COUNT: usize = 22;
+const COUNT: usize = 26;
+/// How many of the names there are where localities are not asked for: the last four are.
+pub(super) const WITHOUT_LOCALITY: usize = 22;
+/// Where the protocol and the security policy stand among the names.
+const PROTOCOL_AT: usize = 20;
+const SECURITY_AT: usize = 21;
 /// Where `response_flags` stands among the names.
 pub(super) const FLAGS_AT: usize = 21;
 
@@ -53,6 +65,9 @@ static DESTINATION: LazyLock<Arc<str>> = LazyLock::new(|| "destination".into());
 static MUTUAL_TLS: LazyLock<Arc<str>> = LazyLock::new(|| "mutual_tls".into());
 static NONE: LazyLock<Arc<str>> = LazyLock::new(|| "none".into());
 
+/// Where nodes are, by name.
+pub(super) type Localities = HashMap<Arc<str>, Locality>;
+
 /// One label set, values in the order of [`NAMES`].
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Labels {
@@ -60,8 +75,11 @@ pub(super) struct Labels {
 }
 
 impl Labels {
-    /// The labels of a flow. `cluster` is the name of the cluster that known workloads belong to.
-    pub fn of(flow: &Flow, cluster: &Arc<str>) -> Self {
+    /// The labels of a flow. `cluster` is the name of the cluster that known workloads belong to; `localities` where
+    /// nodes are, if that is asked for.
+    pub fn of(flow: &Flow, cluster: &Arc<str>, localities: Option<&Localities>) -> Self {
+        let [r1, z1] = locality(flow.source_workload.as_deref(), localities);
+        let [r2, z2] = locality(flow.destination_workload.as_deref(), localities);
         let authenticated = flow.security == Security::MutualTls;
         let [s1, s2, s3, s4, s5, s6, s7, s8] =
             side(flow.source_workload.as_deref(), flow.source_principal.as_ref().filter(|_| authenticated), cluster);
@@ -95,6 +113,10 @@ impl Labels {
                 d8,
                 Arc::clone(&TCP),
                 security(flow.security),
+                r1,
+                z1,
+                r2,
+                z2,
             ],
         }
     }
@@ -103,8 +125,8 @@ impl Labels {
     pub fn overflow(direction: Direction, security_policy: Security) -> Self {
         let mut values = std::array::from_fn(|_| Arc::clone(&OVERFLOW_VALUE));
         values[0] = reporter(direction);
-        values[COUNT - 2] = Arc::clone(&TCP);
-        values[COUNT - 1] = security(security_policy);
+        values[PROTOCOL_AT] = Arc::clone(&TCP);
+        values[SECURITY_AT] = security(security_policy);
         Self { values }
     }
 
@@ -130,6 +152,12 @@ fn side(workload: Option<&Workload>, principal: Option<&SpiffeId>, cluster: &Arc
         known(naming.map(|naming| &naming.version)),
         known(workload.map(|_| cluster)),
     ]
+}
+
+/// Region and zone of one end.
+fn locality(workload: Option<&Workload>, localities: Option<&Localities>) -> [Arc<str>; 2] {
+    let found = workload.zip(localities).and_then(|(workload, localities)| localities.get(&workload.node));
+    [known(found.map(|found| &found.region)), known(found.map(|found| &found.zone))]
 }
 
 fn known(value: Option<&Arc<str>>) -> Arc<str> {

@@ -61,6 +61,7 @@ impl TelemetryError {
 #[derive(Debug)]
 pub struct Telemetry {
     metrics: metrics::Metrics,
+    cluster: Arc<str>,
     log: AccessLog,
     spans: Option<spans::Spans>,
 }
@@ -71,7 +72,17 @@ impl Telemetry {
     /// # Errors
     /// Never in practice: only when two metrics had the same name.
     pub fn new(cluster: Arc<str>, log: AccessLog) -> Result<Self, TelemetryError> {
-        Ok(Self { metrics: metrics::Metrics::new(cluster)?, log, spans: None })
+        Ok(Self { metrics: metrics::Metrics::new(Arc::clone(&cluster))?, cluster, log, spans: None })
+    }
+
+    /// Adds the labels of regions and zones to the metrics of connections, from what [`Telemetry::learn`] is told.
+    pub fn add_localities(&mut self) {
+        self.metrics.traffic.add_localities();
+    }
+
+    /// Takes note of a new snapshot.
+    pub fn learn(&self, snapshot: &Snapshot) {
+        self.metrics.traffic.learn(&snapshot.localities);
     }
 
     /// Sends spans to a collector. To be called in the runtime, before anything is told.
@@ -110,7 +121,7 @@ impl Telemetry {
         if let Some(spans) = &self.spans {
             spans.told(flow, end, carried.map(|(bytes, _)| bytes));
         }
-        if !self.log.write(&Record { time: SystemTime::now(), flow, end, carried }) {
+        if !self.log.write(&Record { time: SystemTime::now(), cluster: &self.cluster, flow, end, carried }) {
             self.metrics.suppressed.inc();
         }
     }
@@ -119,6 +130,15 @@ impl Telemetry {
 impl Observer for Telemetry {
     fn opened(&self, connection: &Connection) {
         self.metrics.traffic.opened(connection, Instant::now());
+        let flow = &connection.flow;
+        tracing::debug!(
+            target: "access",
+            src = %flow.source,
+            dst = %flow.hbone_target.unwrap_or(flow.destination),
+            direction = direction_name(flow.direction),
+            security = security_name(flow.security),
+            "connection opened"
+        );
     }
 
     fn closed(&self, connection: &Connection, end: &End) {

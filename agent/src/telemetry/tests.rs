@@ -1,7 +1,7 @@
 //! What must hold of metrics and access log.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     io::Write,
     sync::{
         Arc, Mutex, OnceLock,
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     capture::{PodState, TcpHealth},
-    cluster::{Naming, PolicyKind, Service, Unattended, Workload},
+    cluster::{Locality, Naming, PolicyKind, Service, Unattended, Workload},
     identity::CertificateStatus,
     policy::{Action, Denial, Effect, Rehearsal},
     tunnel::{Connection, Direction, End, Flow, Observer, Security, Trace, Wire},
@@ -220,6 +220,30 @@ fn labels_are_istios_in_istios_order() {
             ("connection_security_policy", "mutual_tls"),
         ]
     );
+}
+
+#[test]
+fn regions_and_zones_are_labels_only_where_they_are_asked_for() {
+    let now = Instant::now();
+    let place = |region: &str, zone: &str| Locality { region: region.into(), zone: zone.into() };
+    let localities = Arc::new(HashMap::from([("node-1".into(), place("west", "west-1"))]));
+    let elsewhere = Workload { node: "node-2".into(), ..Workload::clone(&workload("server")) };
+    let flow = Flow { destination_workload: Some(Arc::new(elsewhere)), ..flow(Direction::Outbound) };
+    let mut traffic = traffic(1_000);
+    traffic.learn(&localities);
+    traffic.failed(&flow, "CONNECT", now);
+    assert!(!traffic.families()[0].get_metric()[0].get_label().iter().any(|label| label.name().ends_with("_zone")));
+    traffic.add_localities();
+    traffic.learn(&localities);
+    traffic.failed(&flow, "CONNECT", now);
+    let wanted = [
+        ("source_region", "west"),
+        ("source_zone", "west-1"),
+        ("destination_region", "unknown"),
+        ("destination_zone", "unknown"),
+        ("connection_security_policy", "mutual_tls"),
+    ];
+    assert_eq!(sum(&traffic, FAILED, &wanted), 1);
 }
 
 #[test]
@@ -425,7 +449,13 @@ fn policies_without_end_do_not_make_series_without_end() {
 }
 
 fn record<'a>(flow: &'a Flow, end: &'a End, carried: Option<((u64, u64), Duration)>) -> Record<'a> {
-    Record { time: UNIX_EPOCH + Duration::from_micros(1_790_000_000_123_456), flow, end, carried }
+    Record {
+        time: UNIX_EPOCH + Duration::from_micros(1_790_000_000_123_456),
+        cluster: "Kubernetes",
+        flow,
+        end,
+        carried,
+    }
 }
 
 fn line(record: &Record<'_>, format: Format) -> String {
@@ -439,9 +469,9 @@ fn a_complete_connection_reads_like_this() {
     assert_eq!(
         line(&record, Format::Text),
         "2026-09-21T14:13:20.123456Z\tinfo\taccess\tconnection complete\t\
-         src.addr=10.1.0.2:40000 src.workload=\"client-0\" src.namespace=\"shop\" \
+         src.addr=10.1.0.2:40000 src.workload=\"client-0\" src.namespace=\"shop\" src.cluster=\"Kubernetes\" \
          src.identity=\"spiffe://cluster.local/ns/shop/sa/client\" dst.addr=10.2.0.3:15008 dst.hbone_addr=10.2.0.3:8080 \
-         dst.service=\"server.shop.svc.cluster.local\" dst.workload=\"server-0\" dst.namespace=\"shop\" \
+         dst.service=\"server.shop.svc.cluster.local\" dst.workload=\"server-0\" dst.namespace=\"shop\" dst.cluster=\"Kubernetes\" \
          dst.identity=\"spiffe://cluster.local/ns/shop/sa/server\" direction=\"outbound\" security=\"mutual_tls\" \
          bytes_sent=11 bytes_recv=222 duration=\"13ms\" response_flags=\"-\" \
          trace_id=\"0af7651916cd43dd8448eb211c80319c\"\n"
@@ -450,9 +480,9 @@ fn a_complete_connection_reads_like_this() {
         line(&record, Format::Json),
         "{\"time\":\"2026-09-21T14:13:20.123456Z\",\"level\":\"info\",\"target\":\"access\",\
          \"message\":\"connection complete\",\"src.addr\":\"10.1.0.2:40000\",\"src.workload\":\"client-0\",\
-         \"src.namespace\":\"shop\",\"src.identity\":\"spiffe://cluster.local/ns/shop/sa/client\",\
+         \"src.namespace\":\"shop\",\"src.cluster\":\"Kubernetes\",\"src.identity\":\"spiffe://cluster.local/ns/shop/sa/client\",\
          \"dst.addr\":\"10.2.0.3:15008\",\"dst.hbone_addr\":\"10.2.0.3:8080\",\
-         \"dst.service\":\"server.shop.svc.cluster.local\",\"dst.workload\":\"server-0\",\"dst.namespace\":\"shop\",\
+         \"dst.service\":\"server.shop.svc.cluster.local\",\"dst.workload\":\"server-0\",\"dst.namespace\":\"shop\",\"dst.cluster\":\"Kubernetes\",\
          \"dst.identity\":\"spiffe://cluster.local/ns/shop/sa/server\",\"direction\":\"outbound\",\
          \"security\":\"mutual_tls\",\"bytes_sent\":11,\"bytes_recv\":222,\"duration\":\"13ms\",\
          \"response_flags\":\"-\",\"trace_id\":\"0af7651916cd43dd8448eb211c80319c\"}\n"
@@ -583,7 +613,13 @@ fn an_access_log_file_is_appended_to() {
     let path = folder.path().join("access.log");
     std::fs::write(&path, "before\n").unwrap();
     let (log, guard) = AccessLog::open(&super::Destination::File(path.clone()), Format::Text).unwrap();
-    log.write(&Record { time: SystemTime::now(), flow: &flow(Direction::Inbound), end: &End::Complete, carried: None });
+    log.write(&Record {
+        time: SystemTime::now(),
+        cluster: "Kubernetes",
+        flow: &flow(Direction::Inbound),
+        end: &End::Complete,
+        carried: None,
+    });
     drop(guard);
     let text = std::fs::read_to_string(path).unwrap();
     assert!(text.starts_with("before\n") && text.lines().count() == 2, "{text}");

@@ -15,11 +15,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use arc_swap::ArcSwap;
 use prometheus::proto::{LabelPair, Metric, MetricFamily, MetricType};
 
 use super::{
     families::{counter, family, label},
-    labels::{FLAGS_AT, Labels, NAMES},
+    labels::{FLAGS_AT, Labels, Localities, NAMES, WITHOUT_LOCALITY},
 };
 use crate::{
     life::limits,
@@ -38,6 +39,8 @@ pub(super) struct Traffic {
     cluster: Arc<str>,
     /// Most exposed lines, all five metrics together, overflow apart.
     capacity: usize,
+    /// Where nodes are; `None` leaves the labels of it out.
+    localities: Option<ArcSwap<Localities>>,
     table: Mutex<Table>,
 }
 
@@ -81,7 +84,23 @@ pub(super) type Carried = HashMap<(Direction, Security), (u64, u64)>;
 
 impl Traffic {
     pub fn new(cluster: Arc<str>, capacity: usize) -> Self {
-        Self { cluster, capacity, table: Mutex::default() }
+        Self { cluster, capacity, localities: None, table: Mutex::default() }
+    }
+
+    /// Adds the labels of regions and zones, from what [`Traffic::learn`] is told.
+    pub fn add_localities(&mut self) {
+        self.localities = Some(ArcSwap::default());
+    }
+
+    pub fn learn(&self, localities: &Arc<Localities>) {
+        if let Some(known) = &self.localities {
+            known.store(Arc::clone(localities));
+        }
+    }
+
+    fn labels(&self, flow: &Flow) -> Arc<Labels> {
+        let localities = self.localities.as_ref().map(ArcSwap::load);
+        Arc::new(Labels::of(flow, &self.cluster, localities.as_ref().map(|known| &***known)))
     }
 
     /// A panic elsewhere leaves only numbers behind, so a poisoned lock is no reason to stop counting.
@@ -91,7 +110,7 @@ impl Traffic {
 
     pub fn opened(&self, connection: &Connection, now: Instant) {
         let flow = &connection.flow;
-        let labels = Arc::new(Labels::of(flow, &self.cluster));
+        let labels = self.labels(flow);
         let mut table = self.table();
         let labels = table.admit(labels, flow, self.capacity, now, Counts::cost_of_open);
         if let Some(counts) = table.sets.get_mut(&labels) {
@@ -118,7 +137,7 @@ impl Traffic {
     }
 
     pub fn failed(&self, flow: &Flow, flags: &'static str, now: Instant) {
-        let labels = Arc::new(Labels::of(flow, &self.cluster));
+        let labels = self.labels(flow);
         let mut table = self.table();
         let labels = table.admit(labels, flow, self.capacity, now, |counts| cost(&counts.failed, flags));
         if let Some(counts) = table.sets.get_mut(&labels) {
@@ -178,9 +197,10 @@ impl Traffic {
         let mut rows: [Vec<Metric>; 5] = Default::default();
         let copy: Vec<(Arc<Labels>, _)> =
             self.table().sets.iter().map(|(labels, counts)| (Arc::clone(labels), counts.exposed())).collect();
+        let names = if self.localities.is_some() { NAMES.len() } else { WITHOUT_LOCALITY };
         for (labels, lines) in copy {
             for (metric, flags, value) in lines {
-                rows[metric].push(counter(pairs(&labels, flags), value));
+                rows[metric].push(counter(pairs(&labels, flags, names), value));
             }
         }
         FAMILIES
@@ -291,8 +311,9 @@ fn bump(counts: &mut Vec<(&'static str, u64)>, flags: &'static str) {
     }
 }
 
-fn pairs(labels: &Labels, flags: &str) -> Vec<LabelPair> {
-    let mut pairs: Vec<LabelPair> = NAMES.iter().zip(&labels.values).map(|(name, value)| label(name, value)).collect();
+fn pairs(labels: &Labels, flags: &str, names: usize) -> Vec<LabelPair> {
+    let mut pairs: Vec<LabelPair> =
+        NAMES.iter().zip(&labels.values).take(names).map(|(name, value)| label(name, value)).collect();
     pairs.insert(FLAGS_AT, label("response_flags", flags));
     pairs
 }

@@ -295,6 +295,8 @@ fn endpoint_learns_from_its_pod_and_node() {
     let endpoint = &snapshot.services["shop/web"].endpoints[0];
     assert!(endpoint.terminating, "its pod is");
     assert_eq!((&*endpoint.node, &*endpoint.zone), ("node-1", "z9"));
+    let locality = &snapshot.localities["node-1"];
+    assert_eq!((&*locality.region, &*locality.zone), ("", "z9"));
 }
 
 #[test]

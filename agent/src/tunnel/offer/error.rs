@@ -78,6 +78,7 @@ impl OfferError {
             Self::Tls { .. } => "TLS_FAILURE",
             Self::Http2(_) => "H2_HANDSHAKE_FAILURE",
             Self::Denied => "DENY",
+            Self::TunnelTimeout => "NETWORK_POLICY",
             Self::Cancelled | Self::Budget(_) => "-",
             _ => "CONNECT",
         }
