@@ -225,6 +225,8 @@ fn the_access_log_names_both_ends_of_a_connection() -> Result {
             ("message", "connection complete"),
             ("src.workload", "client"),
             ("src.namespace", "shop"),
+            ("src.cluster", "Kubernetes"),
+            ("dst.cluster", "Kubernetes"),
             ("src.identity", client.identity().as_str()),
             ("dst.workload", "server"),
             ("dst.namespace", "shop"),
@@ -289,6 +291,37 @@ fn a_connection_that_fails_is_counted_and_logged_with_its_reason() -> Result {
     let line = agent.wait_access("the failure", |line| line.get("message") == "connection failed")?;
     assert_ne!((line.get("reason"), line.get("response_flags")), ("", "-"), "{line:?}");
     assert!(agent.metrics()?.sum("istio_tcp_connections_failed_total", &[("reporter", "source")]) >= 1.0);
+    Ok(())
+}
+
+#[test]
+fn regions_and_zones_of_nodes_are_labels_where_they_are_asked_for() -> Result {
+    needs_root!();
+    let lab = Lab::builder().agent_args(&["--metrics-locality"]).start()?;
+    let nodes = [("west", "west-1"), ("east", "east-2")];
+    for (number, (region, zone)) in (1..).zip(nodes) {
+        let node = lab.node(number)?;
+        let mut manifest = heddle_lab::manifests::node(&node.name(), &node.addresses());
+        manifest["metadata"]["labels"] =
+            json!({"topology.kubernetes.io/region": region, "topology.kubernetes.io/zone": zone});
+        lab.manifests().apply(&manifest)?;
+    }
+    let server = lab.pod("shop", "server").on(2).serves(&["echo:7000"]).start()?;
+    let client = lab.pod("shop", "client").start()?;
+    let labels = [
+        ("source_region", "west"),
+        ("source_zone", "west-1"),
+        ("destination_region", "east"),
+        ("destination_zone", "east-2"),
+    ];
+    for node in [1, 2] {
+        until(Duration::from_secs(10), "localities in the labels", || {
+            let seen = client.connect(server.at(7000)).say("x").with("--expect", 1).run().ok()?;
+            assert_eq!(seen.error, None);
+            (lab.agent(node).ok()?.opened(&labels).ok()? >= 1.0).then_some(())
+        })?;
+        assert_eq!(promtool(&lab.agent(node)?.metrics_text()?)?, "");
+    }
     Ok(())
 }
 
