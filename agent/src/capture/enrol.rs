@@ -298,7 +298,7 @@ pub async fn withdraw(node: &Arc<Node>, uid: &str) -> Result<bool, CaptureError>
         restore(&netns, switched_on).await.map_err(at(&name, Step::Route))?;
     }
     if let Some(record) = &record {
-        probe::remove_cgroup(&record.cgroup).await;
+        probe::remove_cgroups(&record.cgroup).await;
     }
     {
         let name = Arc::clone(&name);

@@ -8,10 +8,11 @@ use std::{
     sync::{Arc, PoisonError},
 };
 
+pub use super::{caller::Caller, error::CaptureError, load::AttachedProgram, ports::Occupied, probe::ProbeCommand};
 use super::{
     connect,
     enrol::{self, blocking},
-    load::Object,
+    load::{self, Object},
     maps::Maps,
     messages,
     netns::Home,
@@ -19,7 +20,6 @@ use super::{
     pod::{Node, Slots},
     probe, prove,
 };
-pub use super::{error::CaptureError, ports::Occupied, probe::ProbeCommand};
 use crate::cluster::{Place, Unattended};
 use heddle_common::attested_by;
 
@@ -189,6 +189,24 @@ impl Handle {
             destinations.set(&node.maps, &addresses)
         })
         .await
+    }
+
+    /// The programs that capture the pod, read back from the kernel.
+    pub async fn programs(&self, uid: &str) -> Result<Vec<AttachedProgram>, CaptureError> {
+        let (_, live) = self.node.live(uid)?;
+        let folder = self.node.pins.pod(uid);
+        blocking(move || {
+            load::attached(&folder, live.netns.inode(), live.cgroup.id())
+                .map_err(|source| CaptureError::Bpffs { path: folder, source })
+        })
+        .await
+    }
+
+    /// Starts a process in the pod's cgroup and netns that will connect to `to` as the pod's app would.
+    pub async fn caller(&self, uid: &str, to: SocketAddr, say: &str) -> Result<Caller, CaptureError> {
+        let (_, live) = self.node.live(uid)?;
+        let place = &live.spec.place;
+        Caller::start(&self.node.config.probe, &place.netns, &place.cgroup, to, say).await
     }
 
     /// Every pod that was attached or should have been, in no order. A few system calls per pod.

@@ -58,6 +58,7 @@ pub enum Target {
 /// A link as the kernel reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LinkInfo {
+    pub id: u32,
     pub program: u32,
     pub target: Target,
     /// `enum bpf_attach_type`.
@@ -224,7 +225,7 @@ pub fn link_info(link: &impl AsFd) -> io::Result<LinkInfo> {
         LINK_TYPE_NETNS => (Target::Netns(raw.first.into()), raw.second),
         other => return Err(io::Error::other(format!("a pin of ours holds a link of type {other}"))),
     };
-    Ok(LinkInfo { program: raw.program, target, attach_type })
+    Ok(LinkInfo { id: raw.id, program: raw.program, target, attach_type })
 }
 
 /// Two halves of a 64-bit field as they lie in memory.

@@ -234,6 +234,29 @@ pub fn read_back(folder: &Path, netns: u64, cgroup: u64, expected: &ProgramIds) 
     Ok(())
 }
 
+/// A program on a pod, as the kernel reports it now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttachedProgram {
+    /// As in the object, and as the pin is called.
+    pub name: &'static str,
+    /// Kernel ids.
+    pub program: u32,
+    pub link: u32,
+}
+
+/// The programs that hang on a pod, by its pins; those that are gone are left out.
+pub fn attached(folder: &Path, netns: u64, cgroup: u64) -> io::Result<Vec<AttachedProgram>> {
+    let mut found = Vec::with_capacity(PROGRAMS.len());
+    for (name, hook) in PROGRAMS {
+        if let Some((_, info)) = existing(&folder.join(name))?
+            && hangs(&info, hook, netns, cgroup)
+        {
+            found.push(AttachedProgram { name, program: info.program, link: info.id });
+        }
+    }
+    Ok(found)
+}
+
 fn hangs(info: &LinkInfo, hook: Hook, netns: u64, cgroup: u64) -> bool {
     let target = match hook {
         Hook::Lookup => Target::Netns(netns),

@@ -4,6 +4,7 @@
 //! talks to it through [`Handle`], which takes plain values and gives plain values and file descriptors, because it will
 //! become a process of its own. It never decides whether a connection is allowed.
 
+pub mod caller;
 mod connect;
 mod destinations;
 mod enrol;
@@ -29,7 +30,7 @@ mod tests;
 
 pub use error::Step;
 pub use handle::{
-    Attached, CaptureConfig, CaptureError, Delivery, Handle, Occupied, PodSpec, PodState, PodStatus, ProbeCommand,
-    ProbeToken,
+    Attached, AttachedProgram, Caller, CaptureConfig, CaptureError, Delivery, Handle, Occupied, PodSpec, PodState,
+    PodStatus, ProbeCommand, ProbeToken,
 };
 pub use socket::{TcpHealth, tcp_health};

@@ -106,7 +106,7 @@ pub async fn outbound(
         .output();
     // Its own deadlines, and the time to start.
     let result = timeout(limits::PROBE + limits::PROBE_START, run).await;
-    remove_cgroup(cgroup).await;
+    remove_folder(&folder).await;
     match result {
         Err(_) => Err(format!("outbound probe to {to}: no answer in {:?}", limits::PROBE)),
         Ok(Err(error)) => Err(format!("outbound probe: {}: {error}", command.program.display())),
@@ -122,11 +122,17 @@ pub async fn outbound(
     }
 }
 
-/// Removes the probes' cgroup, which stays busy for a moment after its last process.
-pub async fn remove_cgroup(cgroup: &Path) {
-    let folder = cgroup.join(CGROUP);
+/// Removes the cgroups that probes and proofs leave below a pod's.
+pub async fn remove_cgroups(cgroup: &Path) {
+    for name in [CGROUP, super::caller::CGROUP] {
+        remove_folder(&cgroup.join(name)).await;
+    }
+}
+
+/// Removes a cgroup, which stays busy for a moment after its last process.
+pub(super) async fn remove_folder(folder: &Path) {
     for _ in 0..20 {
-        match fs::remove_dir(&folder) {
+        match fs::remove_dir(folder) {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => sleep(Duration::from_millis(5)).await,
             _ => return,
         }

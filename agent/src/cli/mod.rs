@@ -9,6 +9,7 @@ mod certs;
 mod connections;
 mod policy;
 mod probe;
+mod proof;
 mod status;
 mod table;
 #[cfg(test)]
@@ -41,6 +42,8 @@ enum Verb {
     Connections(connections::Args),
     /// Show the certificates that this node's agent holds.
     Certs(certs::Args),
+    /// Show by a connection how a pair of pods is protected.
+    Proof(proof::Args),
     /// Check policies before they are applied, and explain decisions.
     #[command(subcommand)]
     Policy(policy::Verb),
@@ -63,6 +66,7 @@ impl Cli {
             Verb::Status(args) => args.run(),
             Verb::Connections(args) => args.run(),
             Verb::Certs(args) => args.run(),
+            Verb::Proof(args) => args.run(),
             Verb::Policy(verb) => verb.run(),
             Verb::Uninstall(args) => args.run(),
             Verb::Probe(args) => args.run(),

@@ -113,6 +113,12 @@ impl Certificates {
         Ok(self.shared.ready(own).await?.server())
     }
 
+    /// Serial number of the certificate that is held for `own`: lower-case hex, empty while there is none.
+    #[must_use]
+    pub fn serial(&self, own: &SpiffeId) -> String {
+        self.shared.serial(own).unwrap_or_default()
+    }
+
     /// Every identity that is kept, by name.
     #[must_use]
     pub fn list(&self) -> Vec<CertificateStatus> {

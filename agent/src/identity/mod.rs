@@ -25,7 +25,7 @@ pub use certificates::{CertificateStatus, Certificates, IdentityError};
 pub use client::{CaClientConfig, FetchError};
 pub use roots::{RootStatus, RootsError};
 pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};
-pub use verify::{PeerError, handshake_reason, peer_identity};
+pub use verify::{PeerError, handshake_reason, peer_identity, serial};
 
 /// Messages and service of `proto/citadel.proto`.
 mod proto {

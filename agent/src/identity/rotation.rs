@@ -242,6 +242,11 @@ impl Shared {
         list
     }
 
+    pub fn serial(&self, identity: &SpiffeId) -> Option<String> {
+        let entries = self.entries.load();
+        entries.get(identity)?.own.0.load().as_ref().map(|held| held.serial.clone())
+    }
+
     pub fn roots(&self) -> Vec<RootStatus> {
         self.bundle.current().load().status()
     }

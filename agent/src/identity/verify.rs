@@ -180,6 +180,13 @@ fn no_tls12() -> Error {
     rustls::PeerIncompatible::SupportedVersionsExtensionRequired.into()
 }
 
+/// Serial number of a certificate in lower-case hex.
+#[must_use]
+pub fn serial(certificate: &CertificateDer<'_>) -> Option<String> {
+    let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+    Some(super::roots::hex(parsed.raw_serial()))
+}
+
 /// A stable reason for a failed handshake, or for the first read after one: a TLS 1.3 client learns only then that the
 /// server refused its certificate (the `alert_…` reasons: what the other side said of us).
 #[must_use]

@@ -1,4 +1,5 @@
-//! What operators ask a running agent, over a Unix socket: read-only, for root and the agent's own user.
+//! What operators ask a running agent, over a Unix socket, for root and the agent's own user. It changes nothing; a proof makes
+//! one connection.
 //!
 //! The types here are the JSON that `heddle status --json` and its like print.
 
@@ -9,6 +10,7 @@ use std::{
     net::SocketAddr,
     os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
+    pin::Pin,
     sync::Arc,
     time::SystemTime,
 };
@@ -17,13 +19,16 @@ use axum::{
     Json, Router,
     extract::{Query, State},
     http::StatusCode,
-    routing::get,
+    routing::{get, post},
 };
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 
-use super::http;
+use super::{
+    http,
+    proof::{self, ProofError},
+};
 use crate::{
     identity::CertificateStatus,
     policy::{Explained, Question, QuestionError},
@@ -173,7 +178,11 @@ pub struct Answers {
     pub connections: Box<dyn Fn() -> Vec<ConnectionLine> + Send + Sync>,
     pub certificates: Box<dyn Fn() -> Vec<CertificateLine> + Send + Sync>,
     pub explain: Box<dyn Fn(&Question) -> Result<Explained, QuestionError> + Send + Sync>,
+    pub prove: Box<dyn Fn(proof::Request) -> Proving + Send + Sync>,
 }
+
+/// A proof under way.
+pub type Proving = Pin<Box<dyn Future<Output = Result<proof::Report, ProofError>> + Send>>;
 
 impl fmt::Debug for Answers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -187,7 +196,16 @@ fn router(answers: Arc<Answers>) -> Router {
         .route("/connections", get(async |State(answers): State<Arc<Answers>>| Json((answers.connections)())))
         .route("/certificates", get(async |State(answers): State<Arc<Answers>>| Json((answers.certificates)())))
         .route("/policy/explain", get(explain))
+        .route("/proof", post(prove))
         .with_state(answers)
+}
+
+async fn prove(
+    State(answers): State<Arc<Answers>>,
+    Query(request): Query<proof::Request>,
+) -> Result<Json<proof::Report>, (StatusCode, String)> {
+    let refused = |error: ProofError| (StatusCode::BAD_REQUEST, error.to_string());
+    (answers.prove)(request).await.map(Json).map_err(refused)
 }
 
 async fn explain(

@@ -158,6 +158,14 @@ pub const PROVE_INTERVAL: Duration = Duration::from_secs(30);
 
 /// What starting the process of an outbound probe may take on top of [`PROBE`] (duration): a busy node starts it late.
 pub const PROBE_START: Duration = Duration::from_secs(2);
+/// One `heddle proof` in all (duration): what a connection may wait for, but no longer than an operator waits.
+pub const PROOF: Duration = Duration::from_secs(9);
+/// How long a connection that was made may take to come to the agent before it is taken to have gone past it (duration).
+pub const PROOF_ARRIVAL: Duration = Duration::from_secs(1);
+/// How long a proof that says something waits for the app's answer (duration).
+pub const PROOF_ECHO: Duration = Duration::from_secs(1);
+/// Longest text that a proof says (bytes).
+pub const PROOF_SAY: usize = 1 << 10;
 /// TCP keepalive of sockets that capture makes: idle time, interval (durations) and tries: a peer that vanished without a word
 /// is found within 2 minutes, and its memory with it.
 pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
@@ -244,6 +252,10 @@ pub const TLS_READ: usize = 64 << 10;
 pub const TLS_WRITE: usize = 256 << 10;
 /// Failed accepts and refused connections are logged at most this often per pod (duration).
 pub const ACCEPT_LOG: Duration = Duration::from_secs(1);
+
+/// Longest answer of a far agent that is asked what it saw of a connection (bytes): two SPIFFE ids, a policy's name, three
+/// programs and words are well below half of it.
+pub const PROOF_ANSWER: usize = 4 << 10;
 
 // telemetry and life
 

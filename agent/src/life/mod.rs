@@ -6,6 +6,7 @@
 //! - [`start`]: makes the stages in journey order and runs them until a signal
 //! - [`enrol`] follows the snapshot; [`keeper`] keeps one pod captured, served and proven
 //! - [`readiness`], [`admin`]: what is told of it, over [`http`]
+//! - [`proof`]: one connection that is made to show how a pair of pods is protected
 //! - [`drain`]: how it ends
 
 pub mod admin;
@@ -19,6 +20,7 @@ mod http;
 mod keeper;
 pub mod limits;
 pub mod log;
+pub mod proof;
 pub mod readiness;
 pub mod start;
 

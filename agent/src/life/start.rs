@@ -24,6 +24,7 @@ use super::{
     http,
     keeper::Pods,
     limits,
+    proof::Prover,
     readiness::{self, Blocker, Readiness},
 };
 use crate::{
@@ -298,7 +299,8 @@ impl Known {
 
     fn answers(self) -> Answers {
         let (live, certificates) = (self.context.registry.clone(), self.context.certificates.clone());
-        let explained = self.context.clone();
+        let (explained, proving, known) = (self.context.clone(), self.context.clone(), self.pods.clone());
+        let prover = Arc::new(Prover::default());
         Answers {
             connections: Box::new(move || {
                 let mut lines: Vec<_> =
@@ -316,6 +318,10 @@ impl Known {
             explain: Box::new(move |question| {
                 let Context { cluster, rules, certificates, .. } = &explained;
                 policy::answer(question, &cluster.load(), &rules.load(), certificates.trust_domain())
+            }),
+            prove: Box::new(move |request| {
+                let (context, pods, prover) = (proving.clone(), known.clone(), Arc::clone(&prover));
+                Box::pin(async move { prover.prove(&context, &pods.list(), &request).await })
             }),
             status: Box::new(move || {
                 let waiting_for = self.readiness.waiting_for();

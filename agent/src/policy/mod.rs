@@ -23,7 +23,7 @@ mod strictness;
 pub use decide::{Rehearsal, decide, rehearse};
 pub use explain::{Considered, Explanation, Miss, PlaintextRule, Role, explain};
 pub use model::{Denial, Outcome, Permit, Request};
-pub use question::{Explained, Question, QuestionError, answer};
+pub use question::{Explained, Question, QuestionError, answer, find_pod};
 pub use rulebook::{Effect, Rulebook, Unenforceable};
 pub use rules::Action;
 

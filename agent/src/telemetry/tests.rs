@@ -72,6 +72,7 @@ pub(super) fn flow(direction: Direction) -> Flow {
             endpoints: vec![],
         })),
         trace: Trace::join("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+        session: None,
     }
 }
 

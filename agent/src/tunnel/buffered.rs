@@ -7,13 +7,14 @@ use std::{
     future::Future,
     io,
     pin::{Pin, pin},
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
-use super::meter::Metered;
+use super::{Wire, meter::Metered};
 use crate::life::{budget::Held, limits};
 
 #[derive(Debug)]
@@ -31,6 +32,11 @@ impl Buffered {
     /// `before` was read already.
     pub fn new(tcp: Metered, before: BytesMut, held: Option<Held>) -> Self {
         Self { tcp, buffer: before, size: limits::TLS_READ_MIN, _held: held }
+    }
+
+    /// What goes over it.
+    pub fn wire(&self) -> &Arc<Wire> {
+        self.tcp.wire()
     }
 
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {

@@ -13,7 +13,7 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-use super::{Trace, meter::Wire, offer::PoolCounts};
+use super::{Proofs, Session, Trace, meter::Wire, offer::PoolCounts};
 use crate::{
     capture::TcpHealth,
     cluster::{Service, Workload},
@@ -56,6 +56,8 @@ pub struct Flow {
     pub destination_service: Option<Arc<Service>>,
     /// This side's span of the tunnelled connection; `None` for plaintext.
     pub trace: Option<Trace>,
+    /// The TLS session that carries it; `None` for plaintext, and until there is one.
+    pub session: Option<Arc<Session>>,
 }
 
 /// How a connection ended.
@@ -138,6 +140,7 @@ const SHARDS: usize = 16;
 struct Inner {
     next: AtomicU64,
     pool: Arc<PoolCounts>,
+    proofs: Arc<Proofs>,
     shards: [Mutex<HashMap<u64, Arc<Connection>>>; SHARDS],
 }
 
@@ -162,6 +165,12 @@ impl Registry {
     #[must_use]
     pub fn pool(&self) -> &Arc<PoolCounts> {
         &self.inner.pool
+    }
+
+    /// The connections that are asked to prove themselves.
+    #[must_use]
+    pub fn proofs(&self) -> &Arc<Proofs> {
+        &self.inner.proofs
     }
 
     fn shard(&self, id: u64) -> MutexGuard<'_, HashMap<u64, Arc<Connection>>> {
@@ -215,6 +224,11 @@ impl Carried {
             self.stage = Stage::Open;
             self.observer.opened(&self.connection);
         }
+    }
+
+    /// For those who look at it while it lives.
+    pub fn share(&self) -> Arc<Connection> {
+        Arc::clone(&self.connection)
     }
 
     pub fn end(mut self, end: &End) {

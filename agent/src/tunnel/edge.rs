@@ -11,6 +11,7 @@ use std::{
 use rustls_pki_types::CertificateDer;
 use tokio::net::TcpStream;
 
+use super::Program;
 use crate::{
     capture::{self, CaptureError, Occupied},
     identity::{self, Certificates, IdentityError, SpiffeId, TrustDomain},
@@ -44,6 +45,10 @@ pub(super) trait Edge: Clone + Send + Sync + std::fmt::Debug + 'static {
     fn server(&self, own: &SpiffeId) -> impl Future<Output = Result<Arc<rustls::ServerConfig>, IdentityError>> + Send;
     fn peer_identity(certificate: &CertificateDer<'_>) -> Result<SpiffeId, IdentityError>;
     fn handshake_reason(error: &std::io::Error) -> &'static str;
+    /// Serial number of the certificate that is presented for `own`: lower-case hex, empty where there is none.
+    fn serial(&self, own: &SpiffeId) -> Arc<str>;
+    /// What captures the pod, read back from the kernel.
+    fn programs(&self, uid: &str) -> impl Future<Output = Vec<Program>> + Send;
 }
 
 /// The real edge of this node.
@@ -90,5 +95,19 @@ impl Edge for Node {
 
     fn handshake_reason(error: &std::io::Error) -> &'static str {
         identity::handshake_reason(error)
+    }
+
+    fn serial(&self, own: &SpiffeId) -> Arc<str> {
+        self.certificates.serial(own).into()
+    }
+
+    async fn programs(&self, uid: &str) -> Vec<Program> {
+        match self.capture.programs(uid).await {
+            Ok(programs) => programs.into_iter().map(Program::from).collect(),
+            Err(error) => {
+                tracing::warn!(pod = uid, reason = error.reason(), %error, "What captures the pod can't be read back");
+                Vec::new()
+            }
+        }
     }
 }

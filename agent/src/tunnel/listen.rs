@@ -160,6 +160,7 @@ fn unadmitted(arrival: Arrival, local: SocketAddr, peer: SocketAddr) -> Flow {
         destination_principal: None,
         destination_service: None,
         trace: None,
+        session: None,
     }
 }
 

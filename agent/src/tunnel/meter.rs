@@ -89,6 +89,10 @@ impl Metered {
         self.tcp.poll_read_ready(cx)
     }
 
+    pub fn wire(&self) -> &Arc<Wire> {
+        &self.wire
+    }
+
     /// TCP's state, at most once per [`limits::TCP_HEALTH`] and only while there is traffic, pings included.
     fn look_if_due(&mut self) {
         if self.looked.elapsed() >= limits::TCP_HEALTH {

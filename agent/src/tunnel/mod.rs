@@ -24,7 +24,9 @@ mod listen;
 mod meter;
 mod offer;
 mod pod;
+mod proof;
 mod relay;
+mod session;
 mod trace;
 
 #[cfg(test)]
@@ -34,6 +36,8 @@ pub use connections::{Connection, Direction, End, Flow, Observer, Quiet, Registr
 pub use context::Context;
 pub use meter::Wire;
 pub use offer::{PoolCounts, PoolEnd};
+pub use proof::{Answer, Expected, Failure, Program, Proofs, Seen, Witness};
+pub use session::Session;
 pub use trace::Trace;
 
 use std::sync::Arc;
@@ -54,6 +58,7 @@ pub async fn serve(context: Context, pod: Arc<Workload>, attached: Attached, sto
         observer: context.observer,
         cluster_id: context.cluster_id,
         budget: context.budget,
+        node: context.node,
     };
     listen::serve(Arc::new(pod::Pod::new(edge, shared, pod, attached.token, stop)), attached.listener).await;
 }

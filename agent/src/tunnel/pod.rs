@@ -27,6 +27,7 @@ pub(super) struct Shared {
     pub observer: Arc<dyn Observer>,
     pub cluster_id: Arc<str>,
     pub budget: Budget,
+    pub node: Arc<str>,
 }
 
 #[derive(Debug)]

@@ -113,7 +113,7 @@ fn what_cant_be_read_is_worse_than_what_cant_be_enforced() {
     let told: Vec<_> = report.problems.iter().map(|problem| (&*problem.file, problem.line, problem.effect)).collect();
     let expected = [
         ("a.yaml", Some(1), Effect::Denies),
-        ("a.yaml", Some(6), Effect::Unreadable),
+        ("a.yaml", Some(7), Effect::Unreadable),
         ("b.yaml", None, Effect::Unreadable),
     ];
     assert_eq!(told, expected);

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     life::admin::{AdminError, Answers, CertificateLine, ConnectionLine, PodLine, Socket, Status, may_ask},
+    life::proof::{self, ProofError},
     policy::{Explained, QuestionError},
 };
 
@@ -26,6 +27,14 @@ fn answers() -> Answers {
         explain: Box::new(|question| match &*question.to {
             "" => Err(QuestionError::To(String::new())),
             to => Ok(Explained { to: to.to_owned(), ..Explained::default() }),
+        }),
+        prove: Box::new(|request| {
+            Box::pin(async move {
+                match &*request.to {
+                    "" => Err(ProofError::Destination(request.to)),
+                    _ => Ok(proof::Report { to: request.to, ..proof::Report::default() }),
+                }
+            })
         }),
     }
 }
@@ -60,6 +69,10 @@ async fn the_socket_answers_questions_to_its_owner_only_and_goes_with_the_agent(
     assert_eq!(explained.to, "shop/web:80");
     let refused = ask(&path, "GET /policy/explain?from=none&to=").await;
     assert!(refused.starts_with("HTTP/1.1 400 ") && refused.contains("is no destination"), "{refused}");
+    let report: proof::Report = json(&ask(&path, "POST /proof?from=shop/a&to=shop/b:80").await);
+    assert_eq!(report.to, "shop/b:80");
+    assert!(ask(&path, "POST /proof?from=shop/a&to=").await.starts_with("HTTP/1.1 400 "));
+    assert!(ask(&path, "GET /proof?from=shop/a&to=shop/b:80").await.starts_with("HTTP/1.1 405 "));
     assert!(ask(&path, "POST /status").await.starts_with("HTTP/1.1 405 "), "read-only");
     assert!(ask(&path, "GET /elsewhere").await.starts_with("HTTP/1.1 404 "));
     assert!(matches!(Socket::bind(&path).await, Err(AdminError::Taken(_))), "a running agent keeps its socket");

@@ -11,14 +11,14 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream, server::SendResponse};
-use http::{Method, Request, Response, StatusCode};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
 use tokio::{
     net::TcpStream,
     time::{Instant, sleep_until, timeout, timeout_at},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
-use super::{AnswerError, deliver, ended, failed, meant_service, permit, target::target};
+use super::{AnswerError, deliver, ended, failed, meant_service, permit, target::target, witness};
 use crate::{
     identity::SpiffeId,
     life::{
@@ -27,7 +27,7 @@ use crate::{
     },
     policy,
     tunnel::{
-        Direction, Flow, Security, Trace,
+        Direction, Flow, Security, Session, Trace, Witness,
         buffered::Buffered,
         connections::Carried,
         edge::Edge,
@@ -36,6 +36,7 @@ use crate::{
         http2,
         meter::Metered,
         pod::{Pod, workload_at},
+        proof,
         relay::{self, Counters},
     },
 };
@@ -50,6 +51,7 @@ struct Peer {
     local: SocketAddr,
     principal: SpiffeId,
     own: SpiffeId,
+    session: Arc<Session>,
     streams: AtomicUsize,
 }
 
@@ -135,6 +137,7 @@ fn tell<E: Edge>(pod: &Pod<E>, client: SocketAddr, local: SocketAddr, error: &An
         destination_principal: None,
         destination_service: None,
         trace: None,
+        session: None,
     };
     pod.failed(&flow, &failed(error));
 }
@@ -168,8 +171,8 @@ async fn authenticate<E: Edge>(
         Ok(Err(error)) => return Err(tls_failed::<E>(&error)),
         Err(_) => return Err(too_late()),
     };
-    let session = tls.get_mut().1;
-    session.set_buffer_limit(Some(limits::TLS_WRITE));
+    tls.get_mut().1.set_buffer_limit(Some(limits::TLS_WRITE));
+    let (tcp, session) = tls.get_ref();
     let certificate = session.peer_certificates().and_then(|chain| chain.first());
     let certificate = certificate.ok_or_else(|| AnswerError::Tls {
         reason: "no_certificate_presented",
@@ -177,7 +180,8 @@ async fn authenticate<E: Edge>(
     })?;
     let principal = E::peer_identity(certificate)
         .map_err(|error| AnswerError::Tls { reason: error.reason(), detail: error.to_string().into() })?;
-    Ok((tls, Peer { client, local, principal, own, streams: AtomicUsize::new(0) }))
+    let session = Session::new(session, pod.edge.serial(&own), tcp.wire());
+    Ok((tls, Peer { client, local, principal, own, session, streams: AtomicUsize::new(0) }))
 }
 
 /// Takes streams until the connection ends. After `stop`, or when it is old, the peer is asked to open new ones elsewhere.
@@ -300,15 +304,21 @@ async fn stream<E: Edge>(
         destination_workload: Some(Arc::clone(&destination)),
         destination_principal: Some(peer.own.clone()),
         trace: Some(trace),
+        session: Some(Arc::clone(&peer.session)),
     };
     drop(snapshot);
     let asked = asked(&request, peer.local).and_then(|app| Ok((app, pod.account.admit(1)?)));
     let (app, _held) = match asked {
         Ok(asked) => asked,
         Err(error) => {
-            refuse(&mut respond, &error);
+            refuse(&mut respond, &error, None);
             return pod.failed(&flow, &failed(&error));
         }
+    };
+    // Boxed: nearly no connection is asked.
+    let witness = match request.headers().contains_key(&proof::HEADER) {
+        true => Some(Box::new(witness::of(pod, &flow).await)),
+        false => None,
     };
     flow.hbone_target = Some(app);
     let question = policy::Request {
@@ -323,18 +333,21 @@ async fn stream<E: Edge>(
         biased;
         () = carried.cancel.cancelled() => {
             let end = carried.cancelled();
-            let status = match &end {
-                super::End::Denied(_) => StatusCode::UNAUTHORIZED,
-                _ => StatusCode::SERVICE_UNAVAILABLE,
-            };
-            answer(&mut respond, status);
+            match &end {
+                super::End::Denied(denial) => refuse(&mut respond, &denial.clone().into(), witness),
+                _ => answer(&mut respond, StatusCode::SERVICE_UNAVAILABLE, None),
+            }
             return carried.end(&end);
         }
         delivered = admit(pod, &carried, peer.client, app) => delivered,
         // The client no longer waits: no connection to the app is left behind for it.
         _ = std::future::poll_fn(|cx| respond.poll_reset(cx)) => Err(AnswerError::ClientGone),
     };
-    match delivered.and_then(|tcp| accept(&mut respond).map(|send| (tcp, send))) {
+    let (accepted, witness) = match (&delivered, witness) {
+        (Ok(_), Some(seen)) => (witness::delivered(pod, &carried, *seen), None),
+        (_, seen) => (None, seen),
+    };
+    match delivered.and_then(|tcp| accept(&mut respond, accepted).map(|send| (tcp, send))) {
         Ok((tcp, send)) => {
             carried.open();
             let counters = Counters { from_near: &carried.received, to_near: &carried.sent };
@@ -348,7 +361,7 @@ async fn stream<E: Edge>(
             if matches!(error, AnswerError::ClientGone) && !pod.shared.budget.give_up(&peer.principal) {
                 alarm.raise(Flood::GivenUp);
             }
-            refuse(&mut respond, &error);
+            refuse(&mut respond, &error, witness);
             carried.end(&failed(&error));
         }
     }
@@ -376,17 +389,26 @@ async fn admit<E: Edge>(
     deliver(pod, permit, client, app).await
 }
 
-fn accept(respond: &mut SendResponse<Bytes>) -> Result<SendStream<Bytes>, AnswerError> {
-    respond.send_response(Response::new(()), false).map_err(|_| AnswerError::ClientGone)
+fn accept(respond: &mut SendResponse<Bytes>, witness: Option<HeaderValue>) -> Result<SendStream<Bytes>, AnswerError> {
+    respond.send_response(response(StatusCode::OK, witness), false).map_err(|_| AnswerError::ClientGone)
 }
 
-fn refuse(respond: &mut SendResponse<Bytes>, error: &AnswerError) {
-    answer(respond, error.status());
+fn refuse(respond: &mut SendResponse<Bytes>, error: &AnswerError, witness: Option<Box<Witness>>) {
+    let witness = witness.and_then(|seen| witness::refused(*seen, error));
+    answer(respond, error.status(), witness);
 }
 
-fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode) {
+fn response(status: StatusCode, witness: Option<HeaderValue>) -> Response<()> {
     let mut response = Response::new(());
     *response.status_mut() = status;
+    if let Some(witness) = witness {
+        response.headers_mut().insert(proof::HEADER, witness);
+    }
+    response
+}
+
+fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode, witness: Option<HeaderValue>) {
+    let response = response(status, witness);
     // A client that is gone needs no answer.
     let _ = respond.send_response(response, true);
 }

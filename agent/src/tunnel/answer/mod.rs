@@ -8,6 +8,7 @@ pub(super) mod fuzzing;
 mod hbone;
 mod plaintext;
 mod target;
+mod witness;
 
 pub(super) use self::{hbone::hbone, plaintext::plaintext};
 

@@ -34,6 +34,7 @@ pub(crate) async fn plaintext<E: Edge>(pod: &Pod<E>, tcp: TcpStream, client: Soc
         destination_principal: None,
         destination_service: None,
         trace: None,
+        session: None,
     };
     drop(snapshot);
     let request = Request {

@@ -16,7 +16,7 @@ use crate::{
         budget::{Account, Refusal},
         limits,
     },
-    tunnel::{Direction, Observer, buffered::Buffered, edge::Edge, meter::Metered},
+    tunnel::{Direction, Observer, Session, buffered::Buffered, edge::Edge, meter::Metered},
 };
 
 /// How the pool gets a connection.
@@ -24,6 +24,11 @@ pub(crate) trait Connector: Clone + Send + Sync + 'static {
     type Io: AsyncRead + AsyncWrite + Send + Unpin + 'static;
 
     fn connect(&self, key: &Key) -> impl Future<Output = Result<Self::Io, OfferError>> + Send;
+
+    /// What TLS settled, where there is TLS.
+    fn session(&self, _io: &Self::Io, _key: &Key) -> Option<Arc<Session>> {
+        None
+    }
 
     /// Where the pool counts; for itself alone unless said otherwise.
     fn counts(&self) -> Arc<PoolCounts> {
@@ -70,6 +75,11 @@ impl<E: Edge> Connector for Dialer<E> {
         };
         self.observer.handshake(Direction::Outbound, Err(reason));
         Err(OfferError::Tls { reason, detail: detail.into() })
+    }
+
+    fn session(&self, io: &Self::Io, key: &Key) -> Option<Arc<Session>> {
+        let (tcp, tls) = io.get_ref();
+        Some(Session::new(tls, self.edge.serial(&key.own), tcp.wire()))
     }
 
     fn counts(&self) -> Arc<PoolCounts> {

@@ -37,6 +37,7 @@ use super::{
     connections::Carried,
     edge::Edge,
     pod::Pod,
+    proof::{Claim, Failure, Recorder},
     relay::{self, Broken, Counters},
 };
 use crate::{
@@ -66,21 +67,34 @@ pub(super) async fn carry<E: Edge>(pod: &Pod<E>, tcp: TcpStream, client: SocketA
         destination_principal: None,
         destination_service: None,
         trace: None,
+        session: None,
     };
+    let proof = pod.shared.registry.proofs().claim(pod.uid(), client);
     let route = match held_route(pod, &mut snapshot, &source, destination).await {
         Ok(route) => route,
         Err(error) => {
             pod.failed(&flow, &failed(&error));
-            return relay::reset(tcp);
+            relay::reset(tcp);
+            return disproved(proof, flow, &error);
         }
     };
     flow.destination_service = route.service.clone();
-    match reach(pod, &source, client, &route, &mut flow).await {
-        Ok(upstream) => relay_to(pod, tcp, upstream, flow).await,
+    let recorder = proof.as_ref().map(Claim::recorder);
+    match reach(pod, &source, client, &route, recorder.as_ref(), &mut flow).await {
+        Ok(upstream) => relay_to(pod, tcp, upstream, flow, proof).await,
         Err(error) => {
             pod.failed(&flow, &failed(&error));
             relay::reset(tcp);
+            disproved(proof, flow, &error);
         }
+    }
+}
+
+/// Tells who asked for it why a connection came to nothing.
+fn disproved(proof: Option<Claim>, flow: Flow, error: &OfferError) {
+    if let Some(proof) = proof {
+        let failure = Failure { reason: error.reason(), flags: error.response_flags(), detail: error.to_string() };
+        proof.tell(flow, None, Some(failure));
     }
 }
 
@@ -110,6 +124,7 @@ async fn reach<E: Edge>(
     source: &Workload,
     client: SocketAddr,
     route: &Route,
+    proof: Option<&Recorder>,
     flow: &mut Flow,
 ) -> Result<Upstream, OfferError> {
     let mut last = OfferError::DestinationUnknown;
@@ -117,7 +132,7 @@ async fn reach<E: Edge>(
         let Some(candidate) = route.candidates.get(at) else { continue };
         describe(pod, candidate, flow);
         let reached = match candidate.transport {
-            Transport::Tunnel => tunnel(pod, source, client, candidate, flow).await.map(Upstream::Tunnel),
+            Transport::Tunnel => tunnel(pod, source, client, candidate, proof, flow).await.map(Upstream::Tunnel),
             Transport::Plain => {
                 plain(pod, source, client, candidate.address).await.map(|(far, held)| Upstream::Plain(far, held))
             }
@@ -148,7 +163,8 @@ async fn tunnel<E: Edge>(
     source: &Workload,
     client: SocketAddr,
     candidate: &Candidate,
-    flow: &Flow,
+    proof: Option<&Recorder>,
+    flow: &mut Flow,
 ) -> Result<Opened, OfferError> {
     let no_identity =
         || OfferError::Identity { reason: "bad_spiffe_id", detail: "a name that makes no SPIFFE id".into() };
@@ -167,8 +183,11 @@ async fn tunnel<E: Edge>(
         request::baggage(&pod.shared.cluster_id, source),
         flow.trace.as_ref(),
     )
-    .map_err(|_| OfferError::BadRequest)?;
-    pod.pool.open(&key, &connect).await
+    .map_err(|_| OfferError::BadRequest)?
+    .proving(proof.cloned());
+    let opened = pod.pool.open(&key, &connect).await?;
+    flow.session = opened.slot.session().cloned();
+    Ok(opened)
 }
 
 async fn plain<E: Edge>(
@@ -186,9 +205,12 @@ async fn plain<E: Edge>(
     }
 }
 
-async fn relay_to<E: Edge>(pod: &Pod<E>, tcp: TcpStream, upstream: Upstream, flow: Flow) {
+async fn relay_to<E: Edge>(pod: &Pod<E>, tcp: TcpStream, upstream: Upstream, flow: Flow, proof: Option<Claim>) {
     let mut carried = Carried::register(&pod.shared.registry, &pod.shared.observer, flow, None);
     carried.open();
+    if let Some(proof) = proof {
+        proof.tell(carried.flow.clone(), Some(carried.share()), None);
+    }
     let counters = Counters { from_near: &carried.sent, to_near: &carried.received };
     let result = match upstream {
         Upstream::Tunnel(opened) => {

@@ -32,6 +32,7 @@ use crate::{
     identity::SpiffeId,
     life::limits,
     tunnel::{
+        Session,
         frames::{Alarm, Frames, Role},
         http2::{self, Stalls},
     },
@@ -103,6 +104,7 @@ struct Tunnel {
     left: Arc<OnceLock<PoolEnd>>,
     idle_since: Mutex<Instant>,
     stalls: Stalls,
+    session: Option<Arc<Session>>,
 }
 
 /// A stream's place on a connection.
@@ -115,6 +117,10 @@ pub(crate) struct Slot {
 impl Slot {
     pub fn stalls(&self) -> &Stalls {
         &self.tunnel.stalls
+    }
+
+    pub fn session(&self) -> Option<&Arc<Session>> {
+        self.tunnel.session.as_ref()
     }
 }
 
@@ -334,6 +340,7 @@ impl<C: Connector> Pool<C> {
             };
             match timeout(limits::CONNECT_ANSWER, response).await {
                 Ok(Ok(response)) => {
+                    connect.answered(&response, slot.tunnel.session.as_ref());
                     status(response.status())?;
                     return Ok(Opened { send, receive: response.into_body(), slot });
                 }
@@ -454,6 +461,7 @@ type Driven<C> = (Arc<Tunnel>, h2::client::Connection<Frames<<C as Connector>::I
 
 async fn establish<C: Connector>(connector: &C, key: &Key) -> Result<Driven<C>, OfferError> {
     let io = connector.connect(key).await?;
+    let session = connector.session(&io, key);
     let (io, alarm) = Frames::new(io, Role::Client);
     let handshake = timeout(limits::TLS_HANDSHAKE, http2::client().handshake(io)).await;
     let (send, connection) = match handshake {
@@ -471,6 +479,7 @@ async fn establish<C: Connector>(connector: &C, key: &Key) -> Result<Driven<C>, 
         left: Arc::default(),
         idle_since: Mutex::new(now),
         stalls: Stalls::default(),
+        session,
     };
     Ok((Arc::new(tunnel), connection, alarm))
 }

@@ -1,12 +1,15 @@
 //! The CONNECT request of HBONE, field by field. Pure.
 
-use std::{fmt::Write, net::SocketAddr};
+use std::{fmt::Write, net::SocketAddr, sync::Arc};
 
-use http::{HeaderValue, Method, Request, Uri, header::HeaderName};
+use http::{HeaderValue, Method, Request, Response, Uri, header::HeaderName};
 
 use crate::{
     cluster::{Service, Workload},
-    tunnel::Trace,
+    tunnel::{
+        Session, Trace,
+        proof::{self, Recorder},
+    },
 };
 
 pub(crate) const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
@@ -20,6 +23,8 @@ pub(crate) struct Connect {
     forwarded: HeaderValue,
     baggage: Option<HeaderValue>,
     traceparent: Option<HeaderValue>,
+    /// Asks the peer what it sees of this connection, and notes its answer here.
+    proof: Option<Recorder>,
 }
 
 impl Connect {
@@ -37,7 +42,20 @@ impl Connect {
             forwarded: HeaderValue::try_from(forwarded(client, service))?,
             baggage,
             traceparent,
+            proof: None,
         })
+    }
+
+    /// The same, asked to prove itself where `recorder` is given.
+    pub fn proving(self, recorder: Option<Recorder>) -> Self {
+        Self { proof: recorder, ..self }
+    }
+
+    /// The peer has answered.
+    pub fn answered<B>(&self, response: &Response<B>, session: Option<&Arc<Session>>) {
+        if let Some(recorder) = &self.proof {
+            proof::answered(recorder, response.status().as_u16(), response.headers(), session);
+        }
     }
 
     pub fn request(&self) -> Request<()> {
@@ -51,6 +69,9 @@ impl Connect {
         }
         if let Some(traceparent) = &self.traceparent {
             headers.insert(TRACEPARENT, traceparent.clone());
+        }
+        if self.proof.is_some() {
+            headers.insert(proof::HEADER, HeaderValue::from_static("1"));
         }
         request
     }

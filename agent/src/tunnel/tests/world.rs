@@ -32,7 +32,7 @@ use crate::{
     life::budget::{Budget, Machine},
     policy::Rulebook,
     tunnel::{
-        Connection, Direction, End, Flow, Observer, Registry, Wire,
+        Connection, Direction, End, Flow, Observer, Program, Registry, Wire,
         edge::Edge,
         listen,
         pod::{Pod, Shared},
@@ -95,6 +95,7 @@ pub struct Loopback {
     trust_domain: TrustDomain,
     client: Arc<rustls::ClientConfig>,
     server: Arc<rustls::ServerConfig>,
+    serial: Arc<str>,
     /// Client addresses that delivery was asked for.
     pub delivered_for: Arc<Mutex<Vec<(IpAddr, SocketAddr)>>>,
 }
@@ -104,6 +105,7 @@ impl Loopback {
         let trust_domain: TrustDomain = "cluster.local".parse().unwrap();
         let id = SpiffeId::new(&trust_domain, "default", name).unwrap();
         let (chain, key) = authority.leaf(&id, address);
+        let serial = crate::identity::serial(&chain[0]).unwrap().into();
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let versions = &[&rustls::version::TLS13];
         let mut client = rustls::ClientConfig::builder_with_provider(provider.clone())
@@ -121,7 +123,8 @@ impl Loopback {
             .with_single_cert(chain, key)
             .unwrap();
         server.alpn_protocols = vec![b"h2".to_vec()];
-        Self { trust_domain, client: Arc::new(client), server: Arc::new(server), delivered_for: Arc::default() }
+        let (client, server) = (Arc::new(client), Arc::new(server));
+        Self { trust_domain, client, server, serial, delivered_for: Arc::default() }
     }
 
     pub fn tls(&self) -> Arc<rustls::ClientConfig> {
@@ -176,6 +179,14 @@ impl Edge for Loopback {
             _ => None,
         });
         Ok(uri.unwrap().parse().unwrap())
+    }
+
+    fn serial(&self, _: &SpiffeId) -> Arc<str> {
+        self.serial.clone()
+    }
+
+    async fn programs(&self, uid: &str) -> Vec<Program> {
+        vec![Program { name: format!("of {uid}"), program: 1, link: 2 }]
     }
 
     fn handshake_reason(error: &std::io::Error) -> &'static str {
@@ -318,6 +329,7 @@ impl World {
                 observer: observer.clone(),
                 cluster_id: "Kubernetes".into(),
                 budget: Budget::new(machine),
+                node: "node-1".into(),
             };
             let pod = Pod::new(edge, shared, record.clone(), ProbeToken([7; 16]), stop.clone());
             let address = record.addresses[0];

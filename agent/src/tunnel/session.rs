@@ -1,0 +1,36 @@
+//! What TLS settled for one tunnel. Made once per handshake; every connection that the tunnel carries points at it.
+
+use std::sync::Arc;
+
+use rustls::CommonState;
+
+use super::Wire;
+use crate::identity;
+
+/// A tunnel's TLS session.
+#[derive(Debug, Clone)]
+pub struct Session {
+    /// Such as `TLSv1_3`.
+    pub version: &'static str,
+    /// Such as `TLS13_AES_256_GCM_SHA384`.
+    pub cipher: &'static str,
+    /// Serial numbers of the certificates, this side's and the peer's: lower-case hex, empty where unknown.
+    pub own_serial: Arc<str>,
+    pub peer_serial: Arc<str>,
+    /// Bytes on the wire of the whole tunnel.
+    pub wire: Arc<Wire>,
+}
+
+impl Session {
+    /// Of a finished handshake; `own_serial` is of the certificate that this side presented.
+    pub(super) fn new(tls: &CommonState, own_serial: Arc<str>, wire: &Arc<Wire>) -> Arc<Self> {
+        let peer = tls.peer_certificates().and_then(|chain| chain.first());
+        Arc::new(Self {
+            version: tls.protocol_version().and_then(|version| version.as_str()).unwrap_or_default(),
+            cipher: tls.negotiated_cipher_suite().and_then(|suite| suite.suite().as_str()).unwrap_or_default(),
+            own_serial,
+            peer_serial: peer.and_then(identity::serial).unwrap_or_default().into(),
+            wire: Arc::clone(wire),
+        })
+    }
+}
