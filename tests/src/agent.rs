@@ -293,12 +293,24 @@ impl Agent {
         .with_context(|| format!("pod {pod} is not {wanted} but {last}"))
     }
 
+    /// Runs a verb that asks this agent over its admin socket.
+    pub fn ask(&self, args: &[&str]) -> Result<Output> {
+        self.heddle(&[args, &["--admin-socket", utf8(&self.admin)?]].concat())
+    }
+
+    /// The same with `--json`: the exit status and the answer.
+    pub fn ask_json(&self, args: &[&str]) -> Result<(Option<i32>, Value)> {
+        let output = self.ask(&[args, &["--json"]].concat())?;
+        let answer = serde_json::from_str(&output.stdout).with_context(|| format!("{args:?}: {output:?}"))?;
+        Ok((output.status.code(), answer))
+    }
+
     /// Runs another verb of the binary where the agent runs.
     pub fn heddle(&self, args: &[&str]) -> Result<Output> {
         // Asked for often and not to be kept: output goes to a folder of its own.
         let logs = tempfile::tempdir_in(&self.dir)?;
         let place = Place { logs: logs.path().to_owned(), ..self.daemon.place.clone() };
-        Process::start(&place, "heddle", binaries::heddle()?, args)?.wait(Duration::from_secs(10))
+        Process::start(&place, "heddle", binaries::heddle()?, args)?.wait(Duration::from_secs(20))
     }
 
     /// Lines of the access log so far.

@@ -11,6 +11,7 @@ mod life;
 mod load;
 mod paths;
 mod policy;
+mod proof;
 mod protocols;
 mod revocation;
 mod services;

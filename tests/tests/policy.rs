@@ -1,6 +1,6 @@
 //! Is what a policy says what happens, before a byte reaches the app?
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use heddle_lab::{Lab, Pod, Result, needs_root, until};
 use serde_json::{Value, json};
@@ -176,19 +176,126 @@ fn strict_refuses_plain_text_and_permissive_lets_it_in() -> Result {
     stage.becomes("no PeerAuthentication", [true; 4])
 }
 
+/// A DENY for `street`, torn in the middle of being written.
+const TORN: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata:\n  name: rule\n  \
+    namespace: shop\nspec:\n  action: DENY\n  rules: [{from: [{sour";
+const RULE: &str = "authorizationpolicy-shop-rule.yaml";
+
+/// O5: the workload is there before its policy, which comes torn and is whole 5 s later.
 #[test]
-fn a_malformed_policy_file_leaves_the_last_good_state_in_force() -> Result {
+fn while_a_policy_is_not_readable_yet_nobody_gets_through_and_then_it_holds() -> Result {
     needs_root!();
     let stage = stage()?;
+    let elsewhere = stage.lab.pod("street", "elsewhere").on(2).serves(&["echo:7000"]).start()?;
+    stage.becomes("no policy", [true; 4])?;
+    let (mut held, first) = stage.friend.hold(stage.server.at(7000), 3).open()?;
+    assert_eq!(first.alive, 3);
+    let agent = stage.lab.agent(2)?;
+    stage.lab.manifests().put(RULE, TORN)?;
+    agent.wait_log("Policies may be missing")?;
+    let end = Instant::now() + Duration::from_secs(5);
+    let mut tried = 0;
+    while Instant::now() < end {
+        assert_eq!(stage.passing()?, [false; 4], "after {tried} tries");
+        tried += 4;
+    }
+    assert!(tried >= 8, "{tried} connections in 5 s");
+    assert_eq!(held.check()?.alive, 3, "what was allowed before goes on");
+    let seen = stage.outsider.connect(elsewhere.at(7000)).say("x").with("--expect", 1).run()?;
+    assert_eq!(seen.error, None, "the file names shop, so other namespaces go on");
+    let line = agent.wait_access("a refusal", |line| line.get("reason") == "policies_incomplete")?;
+    assert!(line.mentions(RULE), "{line:?}");
+    assert!(!agent.ready());
+    assert!(agent.status()?["waiting_for"].to_string().contains(RULE), "{:#}", agent.status()?);
+    assert_eq!(agent.metrics()?.sum("heddle_policy_gaps", &[]), 1.0);
     let rule = from(&json!({"namespaces": ["street"]}));
     stage.lab.authorize("shop", "rule", &json!({"action": "DENY", "rules": [rule]}))?;
     stage.becomes("DENY street", [true, false, false, true])?;
-    let file = "authorizationpolicy-shop-rule.yaml";
-    stage
-        .lab
-        .manifests()
-        .put(file, "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nspec: {action: [\n")?;
-    stage.lab.agent(2)?.wait_log(file)?;
-    assert_eq!(stage.passing()?, [true, false, false, true]);
+    until(Duration::from_secs(5), "a ready agent", || agent.ready().then_some(()))?;
+    held.close()
+}
+
+/// O7: the running agent goes on with what the file last said; a new one does not pretend.
+#[test]
+fn a_malformed_deny_is_loud_and_the_last_good_state_holds_where_there_is_one() -> Result {
+    needs_root!();
+    let stage = stage()?;
+    let rule = from(&json!({"namespaces": ["street"]}));
+    let whole = json!({"action": "DENY", "rules": [rule]});
+    stage.lab.authorize("shop", "rule", &whole)?;
+    stage.becomes("DENY street", [true, false, false, true])?;
+    stage.lab.manifests().put(RULE, TORN)?;
+    let agent = stage.lab.agent(2)?;
+    agent.wait_log(RULE)?;
+    let told = |status: &Value| status["manifest_problems"].to_string().contains(RULE);
+    until(Duration::from_secs(10), "the problem in heddle status", || told(&agent.status().ok()?).then_some(()))?;
+    assert!(agent.status_text()?.stdout.contains(RULE));
+    assert!(agent.metrics()?.sum("heddle_manifest_problems", &[]) >= 1.0);
+    assert_eq!(stage.passing()?, [true, false, false, true], "the previous version is enforced");
+    assert!(agent.ready());
+    agent.daemon.terminate(Duration::from_secs(20))?;
+    agent.daemon.spawn()?;
+    stage.server.wait_captured()?;
+    let status = agent.status()?;
+    assert!(told(&status) && status["waiting_for"].to_string().contains(RULE), "{status:#}");
+    assert!(!agent.ready(), "a new agent has no previous version");
+    assert_eq!(stage.passing()?, [false; 4]);
+    stage.lab.authorize("shop", "rule", &whole)?;
+    stage.becomes("the DENY mended", [true, false, false, true])?;
+    until(Duration::from_secs(10), "a ready agent", || agent.ready().then_some(()))
+}
+
+#[test]
+fn a_policy_that_cant_be_enforced_denies_and_lint_says_so_before() -> Result {
+    needs_root!();
+    let stage = stage()?;
+    let agent = stage.lab.agent(2)?;
+    let folder = stage.lab.manifests().dir().display().to_string();
+    assert_eq!(agent.heddle(&["policy", "lint", &folder])?.status.code(), Some(0));
+    let rule = json!({"to": [{"operation": {"methods": ["GET"]}}]});
+    stage.lab.authorize("shop", "rule", &json!({"action": "ALLOW", "rules": [rule]}))?;
+    let linted = agent.heddle(&["policy", "lint", &folder])?;
+    assert_eq!(linted.status.code(), Some(1), "{linted:?}");
+    assert!(
+        linted.stdout.contains("AuthorizationPolicy shop/rule: spec.rules[0].to[0].operation.methods: "),
+        "{linted:?}"
+    );
+    stage.becomes("an unenforceable ALLOW", [false; 4])?;
+    assert!(agent.status()?["policy_problems"].to_string().contains("shop/rule"));
+    let malformed = json!({"action": "DENY", "ruels": [{}]});
+    stage.lab.authorize("shop", "rule", &malformed)?;
+    stage.becomes("an unknown field", [false; 4])?;
+    agent.wait_access("the refusal", |line| {
+        line.get("reason") == "policy_unenforceable" && line.get("policy") == "shop/rule"
+    })?;
+    stage.lab.manifests().put(RULE, "kind: [")?;
+    assert_eq!(agent.heddle(&["policy", "lint", &folder])?.status.code(), Some(2));
+    Ok(())
+}
+
+#[test]
+fn an_explanation_says_what_happens() -> Result {
+    needs_root!();
+    let stage = stage()?;
+    let agent = stage.lab.agent(2)?;
+    let deny = from(&json!({"namespaces": ["street"], "ipBlocks": [format!("{}/32", stage.stranger.v4())]}));
+    stage.lab.authorize("shop", "deny", &json!({"action": "DENY", "rules": [deny]}))?;
+    stage.lab.authorize("shop", "allow", &json!({"rules": [from(&json!({"principals": ["*"]}))]}))?;
+    stage.becomes("DENY one of street, ALLOW identities", [true, false, true, false])?;
+    let folder = stage.lab.manifests().dir().display().to_string();
+    let clients = [&stage.friend, &stage.stranger, &stage.near, &stage.outsider];
+    for (client, passes) in clients.into_iter().zip([true, false, true, false]) {
+        let identity = if client.name() == "outsider" { "none".to_owned() } else { client.identity() };
+        let ip = client.v4().to_string();
+        let question = ["policy", "explain", "--from", &identity, "--to", "shop/server:7000", "--ip", &ip];
+        let (code, answer) = agent.ask_json(&question)?;
+        assert_eq!((&answer["allowed"], code), (&json!(passes), Some(i32::from(!passes))), "{answer:#}");
+        assert_eq!(answer["policies"].as_array().map(Vec::len), Some(2));
+        let offline = agent.heddle(&[&question[..], &["--manifests", &folder, "--json"]].concat())?;
+        assert_eq!(serde_json::from_str::<Value>(&offline.stdout)?, answer, "{offline:?}");
+    }
+    let text = agent.ask(&["policy", "explain", "--from", "street/near", "--to", "server:7000"])?.ok()?;
+    assert!(text.contains("allowed: allowed by: shop/allow\n"), "{text}");
+    assert!(text.contains("wants ") && text.contains("source.ipBlocks"), "{text}");
     Ok(())
 }
