@@ -8,18 +8,10 @@ use super::{
 };
 use crate::life::admin::CertificateLine;
 
-#[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    #[command(flatten)]
-    ask: Ask,
-}
-
-impl Args {
-    pub fn run(self) -> anyhow::Result<ExitCode> {
-        let certificates: Vec<CertificateLine> = self.ask.get("/certificates")?;
-        print(&if self.ask.json { json(&certificates)? } else { text(&certificates) })?;
-        Ok(ExitCode::SUCCESS)
-    }
+pub(super) fn run(ask: &Ask) -> anyhow::Result<ExitCode> {
+    let certificates: Vec<CertificateLine> = ask.get("/certificates")?;
+    print(&if ask.json { json(&certificates)? } else { text(&certificates) })?;
+    Ok(ExitCode::SUCCESS)
 }
 
 pub(super) fn text(certificates: &[CertificateLine]) -> String {
@@ -33,7 +25,9 @@ pub(super) fn text(certificates: &[CertificateLine]) -> String {
             };
             vec![
                 certificate.identity.clone(),
+                certificate.state.replace('_', " "),
                 certificate.serial.clone(),
+                certificate.not_before.clone(),
                 certificate.not_after.clone(),
                 left,
                 certificate.last_error.clone(),
@@ -42,6 +36,6 @@ pub(super) fn text(certificates: &[CertificateLine]) -> String {
         .collect();
     let held = certificates.iter().filter(|certificate| certificate.seconds_left.is_some_and(|left| left > 0)).count();
     let total = format!("{held} of {} certificates valid\n", certificates.len());
-    let header = ["IDENTITY", "SERIAL", "NOT AFTER", "LEFT", "LAST ERROR"];
+    let header = ["IDENTITY", "STATE", "SERIAL", "NOT BEFORE", "NOT AFTER", "LEFT", "LAST ERROR"];
     if rows.is_empty() { total } else { table(&header, &rows) + "\n" + &total }
 }

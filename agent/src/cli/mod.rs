@@ -37,11 +37,13 @@ enum Verb {
     /// Run the built-in certificate authority.
     Ca(ca::Args),
     /// Show this node's pods and whether they are captured.
-    Status(status::Args),
+    ///
+    /// Ends with status 1 when a pod is not captured; with --json only when the agent can't be asked.
+    Status(ask::Ask),
     /// Show the connections that this node's agent carries.
     Connections(connections::Args),
     /// Show the certificates that this node's agent holds.
-    Certs(certs::Args),
+    Certs(ask::Ask),
     /// Show by a connection how a pair of pods is protected.
     Proof(proof::Args),
     /// Check policies before they are applied, and explain decisions.
@@ -63,9 +65,9 @@ impl Cli {
         match self.verb {
             Verb::Agent(args) => args.run(),
             Verb::Ca(args) => args.run(),
-            Verb::Status(args) => args.run(),
+            Verb::Status(ask) => status::run(&ask),
             Verb::Connections(args) => args.run(),
-            Verb::Certs(args) => args.run(),
+            Verb::Certs(ask) => certs::run(&ask),
             Verb::Proof(args) => args.run(),
             Verb::Policy(verb) => verb.run(),
             Verb::Uninstall(args) => args.run(),

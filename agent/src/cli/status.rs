@@ -9,22 +9,14 @@ use super::{
 use crate::life::admin::Status;
 
 /// Ends with status 1 when a pod is not captured; with --json only when the agent can't be asked.
-#[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    #[command(flatten)]
-    ask: Ask,
-}
-
-impl Args {
-    pub fn run(self) -> anyhow::Result<ExitCode> {
-        let status: Status = self.ask.get("/status")?;
-        if self.ask.json {
-            print(&json(&status)?)?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        print(&text(&status))?;
-        Ok(if all_captured(&status) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+pub(super) fn run(ask: &Ask) -> anyhow::Result<ExitCode> {
+    let status: Status = ask.get("/status")?;
+    if ask.json {
+        print(&json(&status)?)?;
+        return Ok(ExitCode::SUCCESS);
     }
+    print(&text(&status))?;
+    Ok(if all_captured(&status) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 pub(super) fn all_captured(status: &Status) -> bool {

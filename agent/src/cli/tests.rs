@@ -73,17 +73,27 @@ fn connections_and_certificates_read_well() {
     assert_eq!(connections::text(&[]), "0 connections\n");
     let one = ConnectionLine {
         direction: "outbound".into(),
+        pod: "shop/web-0".into(),
         security: "mutual_tls".into(),
+        cipher: "TLS13_AES_256_GCM_SHA384".into(),
         source: "10.0.0.1:1".into(),
         source_workload: "shop/web-0".into(),
         destination: "10.0.0.2:15008".into(),
+        destination_workload: "shop/db-0".into(),
         hbone_target: "10.0.0.2:80".into(),
         open_seconds: 61,
         ..ConnectionLine::default()
     };
-    let text = connections::text(&[one]);
-    assert!(text.contains("outbound   10.0.0.1:1 shop/web-0  10.0.0.2:80  mutual_tls"), "{text}");
-    assert!(text.contains("1m 1s") && text.ends_with("1 connections\n"), "{text}");
+    let text = connections::text(std::slice::from_ref(&one));
+    assert!(text.contains("outbound   shop/web-0  10.0.0.1:1  10.0.0.2:80 shop/db-0  -"), "{text}");
+    assert!(text.contains("  TLS13_AES_256_GCM_SHA384  -       0       0          1m 1s\n"), "{text}");
+    assert!(text.ends_with("1 connections\n"), "{text}");
+    for (pod, is) in [("shop/web-0", true), ("web-0", true), ("shop/db-0", false), ("web", false), ("", false)] {
+        assert_eq!(connections::is_of(&one, pod), is, "{pod}");
+    }
+    let inbound = ConnectionLine { direction: "inbound".into(), cipher: String::new(), policy: "shop/p".into(), ..one };
+    let text = connections::text(&[inbound]);
+    assert!(text.contains("10.0.0.2:80  10.0.0.1:1 shop/web-0  -              mutual_tls  shop/p"), "{text}");
     let certificate =
         |left| CertificateLine { identity: "spiffe://a".into(), seconds_left: left, ..CertificateLine::default() };
     let text = certs::text(&[certificate(Some(7_300)), certificate(Some(-5)), certificate(None)]);
@@ -115,4 +125,29 @@ fn removing_follows_no_link() {
     assert!(!inside.exists() && outside.join("precious").exists());
     assert_eq!(removed.len(), 5);
     assert_eq!(removed.last(), Some(&inside));
+}
+
+#[test]
+fn the_json_of_what_the_agent_answers_is_stable() {
+    let keys = |value: serde_json::Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
+    let table = [
+        (
+            serde_json::to_value(Status::default()).unwrap(),
+            "manifest_problems node pods policy_problems ready version waiting_for",
+        ),
+        (serde_json::to_value(PodLine::default()).unwrap(), "counters detail name namespace reason state uid"),
+        (
+            serde_json::to_value(ConnectionLine::default()).unwrap(),
+            "bytes_to_app bytes_to_client cipher destination destination_identity destination_service \
+             destination_workload direction hbone_target id open_seconds own_serial peer_serial pod policy security source \
+             source_identity source_workload tls trace_id",
+        ),
+        (
+            serde_json::to_value(CertificateLine::default()).unwrap(),
+            "identity last_error not_after not_before seconds_left serial state",
+        ),
+    ];
+    for (value, expected) in table {
+        assert_eq!(keys(value), expected);
+    }
 }

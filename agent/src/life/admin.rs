@@ -31,9 +31,9 @@ use super::{
 };
 use crate::{
     identity::CertificateStatus,
-    policy::{Explained, Question, QuestionError},
+    policy::{Explained, Permit, Question, QuestionError, Rulebook, decide},
     telemetry::{PodReport, direction_name, named, seconds_until, security_name},
-    tunnel::Connection,
+    tunnel::{Connection, Direction},
 };
 
 /// `GET /status`.
@@ -71,6 +71,8 @@ pub struct PodLine {
 pub struct ConnectionLine {
     pub id: u64,
     pub direction: String,
+    /// `namespace/name` of this node's pod.
+    pub pod: String,
     /// `mutual_tls` or `none`.
     pub security: String,
     pub source: String,
@@ -82,6 +84,14 @@ pub struct ConnectionLine {
     pub destination_workload: String,
     pub destination_identity: String,
     pub destination_service: String,
+    /// The ALLOW policy that lets it in now (`namespace/name`), on the server's side; empty where none is needed.
+    pub policy: String,
+    /// The TLS session; empty for plaintext.
+    pub tls: String,
+    pub cipher: String,
+    /// Certificates' serial numbers in lower-case hex, this side's and the peer's.
+    pub own_serial: String,
+    pub peer_serial: String,
     pub bytes_to_app: u64,
     pub bytes_to_client: u64,
     pub open_seconds: u64,
@@ -92,6 +102,8 @@ pub struct ConnectionLine {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CertificateLine {
     pub identity: String,
+    /// `valid`, `not_renewed` (valid, and the last try to renew it failed), `expired`, or `missing`.
+    pub state: String,
     /// Lower-case hex; empty while there is none.
     pub serial: String,
     /// RFC 3339, empty while there is none.
@@ -122,9 +134,12 @@ impl From<&PodReport> for PodLine {
     }
 }
 
-impl From<&Connection> for ConnectionLine {
-    fn from(connection: &Connection) -> Self {
+impl ConnectionLine {
+    /// `rules` say which policy lets it in: another one may by now.
+    pub(super) fn new(connection: &Connection, rules: &Rulebook) -> Self {
         let flow = &connection.flow;
+        let session = flow.session.as_deref();
+        let permit = connection.request.as_ref().and_then(|request| decide(rules, request).ok());
         let (bytes_to_app, bytes_to_client) = connection.bytes();
         let workload = |workload: &Option<Arc<crate::cluster::Workload>>| {
             workload.as_ref().map(|workload| format!("{}/{}", workload.namespace, workload.name)).unwrap_or_default()
@@ -135,6 +150,10 @@ impl From<&Connection> for ConnectionLine {
         Self {
             id: connection.id,
             direction: direction_name(flow.direction).to_owned(),
+            pod: workload(match flow.direction {
+                Direction::Outbound => &flow.source_workload,
+                Direction::Inbound => &flow.destination_workload,
+            }),
             security: security_name(flow.security).to_owned(),
             source: address(&flow.source),
             source_workload: workload(&flow.source_workload),
@@ -148,6 +167,11 @@ impl From<&Connection> for ConnectionLine {
                 .as_ref()
                 .map(|service| service.hostname.to_string())
                 .unwrap_or_default(),
+            policy: permit.as_ref().and_then(Permit::policy).map(ToString::to_string).unwrap_or_default(),
+            tls: session.map(|session| session.version.to_owned()).unwrap_or_default(),
+            cipher: session.map(|session| session.cipher.to_owned()).unwrap_or_default(),
+            own_serial: session.map(|session| session.own_serial.to_string()).unwrap_or_default(),
+            peer_serial: session.map(|session| session.peer_serial.to_string()).unwrap_or_default(),
             bytes_to_app,
             bytes_to_client,
             open_seconds: connection.opened.elapsed().as_secs(),
@@ -161,12 +185,20 @@ impl CertificateLine {
         let time = |time: Option<SystemTime>| {
             time.map(|time| humantime::format_rfc3339_seconds(time).to_string()).unwrap_or_default()
         };
+        let seconds_left = status.not_after.map(|end| seconds_until(end, now));
+        let state = match seconds_left {
+            None => "missing",
+            Some(left) if left <= 0 => "expired",
+            Some(_) if !status.last_error.is_empty() => "not_renewed",
+            Some(_) => "valid",
+        };
         Self {
             identity: status.identity.to_string(),
+            state: state.to_owned(),
             serial: status.serial.clone(),
             not_before: time(status.not_before),
             not_after: time(status.not_after),
-            seconds_left: status.not_after.map(|end| seconds_until(end, now)),
+            seconds_left,
             last_error: status.last_error.clone(),
         }
     }

@@ -299,12 +299,14 @@ impl Known {
 
     fn answers(self) -> Answers {
         let (live, certificates) = (self.context.registry.clone(), self.context.certificates.clone());
+        let rules = Arc::clone(&self.context.rules);
         let (explained, proving, known) = (self.context.clone(), self.context.clone(), self.pods.clone());
         let prover = Arc::new(Prover::default());
         Answers {
             connections: Box::new(move || {
+                let rules = rules.load();
                 let mut lines: Vec<_> =
-                    live.live().iter().map(|connection| ConnectionLine::from(&**connection)).collect();
+                    live.live().iter().map(|connection| ConnectionLine::new(connection, &rules)).collect();
                 lines.sort_by_key(|line| line.id);
                 lines
             }),
