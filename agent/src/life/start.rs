@@ -294,6 +294,7 @@ impl Known {
             }),
             pool: Arc::clone(self.context.registry.pool()),
             policy_gaps: Box::new(move || gaps.rules.load().gaps().len()),
+            budget: self.context.budget.clone(),
         }
     }
 

@@ -17,14 +17,14 @@ use prometheus::{
 use super::{
     families::{as_f64, counter, family, gauge, label},
     pods::{PodReport, named},
-    process,
+    pressure, process,
     traffic::Traffic,
     tunnels::Tunnels,
 };
 use crate::{
     cluster::PolicyKind,
     identity::CertificateStatus,
-    life::limits,
+    life::{budget::Budget, limits},
     policy::{Action, Denial, Effect, Rehearsal},
     tunnel::{Connection, Direction, PoolCounts, Security},
 };
@@ -42,6 +42,8 @@ pub struct Sources {
     pub pool: Arc<PoolCounts>,
     /// Files that can't be read and may hold policies: connections are denied for want of them.
     pub policy_gaps: Box<dyn Fn() -> usize + Send + Sync>,
+    /// How much of the budgets is used.
+    pub budget: Budget,
 }
 
 impl fmt::Debug for Sources {
@@ -167,7 +169,9 @@ impl Metrics {
         let mut families = self.registry.gather();
         families.extend(more);
         families.extend(self.traffic.families());
-        families.extend(pod_families(&(sources.pods)()));
+        let pods = (sources.pods)();
+        families.extend(pressure::families(&sources.budget.pressure(), &pods));
+        families.extend(pod_families(&pods));
         families.extend(self.open_families());
         families.extend(self.tunnels.families(&sources.pool));
         families.extend(process::runtime_families());

@@ -7,6 +7,7 @@ mod families;
 mod labels;
 mod metrics;
 mod pods;
+mod pressure;
 mod process;
 mod spans;
 mod suppress;

@@ -22,6 +22,7 @@ use crate::{
     capture::{PodState, TcpHealth},
     cluster::{Locality, Naming, PolicyKind, Service, Unattended, Workload},
     identity::CertificateStatus,
+    life::budget::{Budget, Machine, Refusal},
     policy::{Action, Denial, Effect, Rehearsal},
     tunnel::{Connection, Direction, End, Flow, Observer, Security, Trace, Wire},
 };
@@ -317,6 +318,15 @@ fn a_scrape_of_a_full_table_takes_less_than_two_seconds_unoptimised() {
     assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
 }
 
+/// Pod one holds a connection; pod two has been refused one.
+fn budget() -> Budget {
+    let budget = Budget::new(Machine { descriptors: 1_000, memory: 400 << 20 });
+    let one = budget.enrol("one".into());
+    std::mem::forget(one.admit(2));
+    budget.enrol("two".into()).refused(Refusal::Handshake);
+    budget
+}
+
 fn sources(live: Vec<Arc<Connection>>) -> Sources {
     Sources {
         live: Box::new(move || live.clone()),
@@ -344,6 +354,7 @@ fn sources(live: Vec<Arc<Connection>>) -> Sources {
         policy_problems: Box::new(|| vec![(PolicyKind::AuthorizationPolicy, Effect::Denies); 3]),
         pool: Arc::default(),
         policy_gaps: Box::new(|| 1),
+        budget: budget(),
     }
 }
 
@@ -388,6 +399,11 @@ fn a_scrape_tells_what_every_stage_knows() {
         "heddle_tunnel_bytes_total{direction=\"outbound\",towards=\"server\"} 0",
         "heddle_pool_connections_closed_total{reason=\"idle\"} 0",
         "heddle_policy_gaps 1",
+        "heddle_budget_used{resource=\"descriptors\"} 2",
+        "heddle_budget_available{resource=\"buffer_bytes\"} 104857600",
+        "heddle_budget_refused_total{reason=\"handshake_budget\"} 1",
+        "heddle_budget_refused_total{reason=\"pod_budget\"} 0",
+        "heddle_pod_budget_used{namespace=\"shop\",pod=\"one\",resource=\"connections\"} 1",
         concat!("istio_build{component=\"heddle\",tag=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
     ] {
         assert!(text.lines().any(|have| have == line), "{line} is not in\n{text}");
