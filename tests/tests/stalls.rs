@@ -2,8 +2,10 @@
 
 use heddle_lab::{Lab, Pod, Result, needs_root, reports::Churned};
 
-/// What every other connection answers within (microseconds, p99).
+/// What every other connection answers within (microseconds, p99); where this machine is so busy that it takes longer
+/// without any stalled connection, so many times what it takes then. A stall takes seconds.
 const LIMIT: u64 = 5_000;
+const BUSY: u64 = 3;
 
 struct Stage {
     _lab: Lab,
@@ -21,27 +23,30 @@ fn stage() -> Result<Stage> {
 }
 
 impl Stage {
-    /// New connections one after the other, and requests on one that was there before: the better of two looks, because
-    /// this machine has other things to do as well.
+    /// New connections one after the other, and requests on one that was there before: there may be two looks at
+    /// them, because this machine has other things to do as well.
     fn others(&self, old: heddle_lab::call::Running<Churned>) -> Result<(Churned, Churned)> {
-        let new = self.client.pace(self.server.at(7000), 50, 3).run()?;
+        let new = self.client.pace(self.server.at(7000), 550, 3).run()?;
         Ok((old.finish()?, new))
     }
 
     fn go_on(&self, stalled: u64, what: &str, stuff: impl Fn() -> Result<heddle_lab::call::Holding>) -> Result {
         let mut last = String::new();
         for _ in 0..2 {
+            let old = self.client.pace(self.server.at(7000), 50, 3).flag("--kept").start()?;
+            let alone = self.others(old)?;
             let old = self.client.pace(self.server.at(7000), 50, 8).flag("--kept").start()?;
             let holding = stuff()?;
             let (old, new) = self.others(old)?;
             holding.close()?;
             last = format!(
-                "{stalled} {what}: old connection p50 {} p99 {} µs, new ones p50 {} p99 {} µs",
-                old.p50_us, old.p99_us, new.p50_us, new.p99_us
+                "{stalled} {what}: old connection p50 {} p99 {} µs (alone {}), new ones p50 {} p99 {} µs (alone {})",
+                old.p50_us, old.p99_us, alone.0.p99_us, new.p50_us, new.p99_us, alone.1.p99_us
             );
             println!("stalls: {last}");
-            assert!(old.failed + new.failed == 0 && old.ok > 100 && new.ok > 100, "{old:?} {new:?}");
-            if old.p99_us <= LIMIT && new.p99_us <= LIMIT {
+            assert!(old.failed + new.failed == 0 && old.ok > 100 && new.ok > 50, "{old:?} {new:?}");
+            let quick = |now: &Churned, alone: &Churned| now.p99_us <= LIMIT.max(BUSY * alone.p99_us);
+            if quick(&old, &alone.0) && quick(&new, &alone.1) {
                 return Ok(());
             }
         }

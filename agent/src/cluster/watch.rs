@@ -17,7 +17,7 @@ use std::{
 
 use notify::{
     EventKind, RecommendedWatcher, RecursiveMode, Watcher,
-    event::{AccessKind, AccessMode},
+    event::{AccessKind, AccessMode, ModifyKind},
 };
 use tokio::sync::watch;
 
@@ -63,7 +63,8 @@ impl Source {
         let path = directory.into();
         let (wake, woken) = sync_channel(1);
         // Watched before it is read, so that nothing changes unseen in between.
-        let mut watcher = Watched::new(path.clone(), wake.clone());
+        let writing = Arc::new(AtomicBool::new(false));
+        let mut watcher = Watched::new(path.clone(), wake.clone(), Arc::clone(&writing));
         let mut directory = Directory::new(path.clone());
         directory.scan().map_err(|error| SourceError::Directory { directory: path, error })?;
         let first_problems: Arc<[Problem]> = directory.problems().into();
@@ -76,7 +77,7 @@ impl Source {
         let stopped = Arc::clone(&stop);
         let follow = move || {
             loop {
-                wait(&woken);
+                wait(&woken, &writing);
                 if stopped.load(Ordering::Relaxed) {
                     break;
                 }
@@ -103,14 +104,19 @@ impl Drop for Source {
     }
 }
 
-/// Waits for a change or for the next poll, and then for quiet: a file that is being written is not worth reading.
-fn wait(woken: &Receiver<()>) {
+/// Waits for a change or for the next poll, and then for quiet: a file that is being written is not worth reading. Where
+/// files were only renamed into the directory or taken away, all of them are whole, and a moment is enough.
+fn wait(woken: &Receiver<()>, writing: &AtomicBool) {
     if woken.recv_timeout(limits::MANIFEST_POLL) != Ok(()) {
         return;
     }
     let latest = Instant::now() + limits::MANIFEST_QUIET_MAX;
+    let mut quiet = limits::MANIFEST_QUIET_WHOLE;
     while Instant::now() < latest {
-        if woken.recv_timeout(limits::MANIFEST_QUIET) == Err(RecvTimeoutError::Timeout) {
+        if writing.swap(false, Ordering::Relaxed) {
+            quiet = limits::MANIFEST_QUIET;
+        }
+        if woken.recv_timeout(quiet) == Err(RecvTimeoutError::Timeout) {
             return;
         }
     }
@@ -180,10 +186,18 @@ fn only_read(kind: EventKind) -> bool {
     kind.is_access() && kind != EventKind::Access(AccessKind::Close(AccessMode::Write))
 }
 
+/// Whether an event leaves nothing half-written behind: a rename, or an end. What replaced files leave (their access
+/// time, their last link) changes nothing either.
+fn leaves_whole(kind: EventKind) -> bool {
+    matches!(kind, EventKind::Modify(ModifyKind::Name(_)) | EventKind::Remove(_))
+}
+
 /// An inotify watch on the directory, made again when another directory takes its place.
 struct Watched {
     path: PathBuf,
     wake: SyncSender<()>,
+    /// Something was written in place since the directory was last read.
+    writing: Arc<AtomicBool>,
     /// The watcher and the directory (device, inode) that it is on.
     on: Option<(RecommendedWatcher, (u64, u64))>,
     /// Whether the last try failed, so that it is told once.
@@ -191,8 +205,8 @@ struct Watched {
 }
 
 impl Watched {
-    fn new(path: PathBuf, wake: SyncSender<()>) -> Self {
-        let mut watched = Self { path, wake, on: None, failed: false };
+    fn new(path: PathBuf, wake: SyncSender<()>, writing: Arc<AtomicBool>) -> Self {
+        let mut watched = Self { path, wake, writing, on: None, failed: false };
         watched.renew();
         watched
     }
@@ -222,10 +236,13 @@ impl Watched {
     }
 
     fn watch(&self) -> Result<RecommendedWatcher, notify::Error> {
-        let wake = self.wake.clone();
+        let (wake, writing) = (self.wake.clone(), Arc::clone(&self.writing));
         // A full channel means that the thread is to look anyway. An error (lost events) is a reason to look, too.
         let on_event = move |event: notify::Result<notify::Event>| {
-            if !event.is_ok_and(|event| only_read(event.kind)) {
+            if !event.as_ref().is_ok_and(|event| only_read(event.kind)) {
+                if !event.is_ok_and(|event| leaves_whole(event.kind)) {
+                    writing.store(true, Ordering::Relaxed);
+                }
                 let _already_woken = wake.try_send(());
             }
         };

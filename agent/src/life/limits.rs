@@ -81,6 +81,9 @@ pub const POOL_IDLE: Duration = Duration::from_secs(300);
 pub const RELAY_BUFFER_MIN: usize = 16 << 10;
 pub const RELAY_BUFFER_MAX: usize = 256 << 10;
 
+/// Tasks that a worker polls before it looks for sockets that became ready (polls). With the runtime's 61, a request of
+/// one pod waits behind 61 turns of another's bulk, each of up to [`RELAY_BUFFER_MAX`].
+pub const POLLS_BETWEEN_EVENTS: u32 = 8;
 /// Listen backlog of each pod's listener (connections).
 pub const LISTEN_BACKLOG: i32 = 4_096;
 /// Connections that the agent holds at a time, per pod (connections): every tunnel, every stream, every plaintext connection.
@@ -183,6 +186,9 @@ pub const MANIFEST_LISTS: usize = 4;
 /// don't rename take several writes.
 pub const MANIFEST_QUIET: Duration = Duration::from_millis(50);
 pub const MANIFEST_QUIET_MAX: Duration = Duration::from_millis(500);
+/// The same where files were only renamed into it or removed (duration): they are whole, and several renames of one change
+/// follow each other within milliseconds. A revoked permission waits for it.
+pub const MANIFEST_QUIET_WHOLE: Duration = Duration::from_millis(5);
 /// The directory is looked at this often even when inotify says nothing (duration).
 pub const MANIFEST_POLL: Duration = Duration::from_secs(2);
 /// `serviceAccounts` in one source of an AuthorizationPolicy (names), as Istio's API has it.

@@ -89,6 +89,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(config.workers)
         .thread_name("heddle")
+        .event_interval(limits::POLLS_BETWEEN_EVENTS)
         .enable_all()
         .build()
         .map_err(|error| StartError::System("can't start the runtime", error))?;

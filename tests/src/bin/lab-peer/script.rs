@@ -73,8 +73,9 @@ impl Dice {
     }
 }
 
+/// The lower half of the seed tells which story; the upper half only marks it for whoever reads both ends' reports.
 fn story(seed: u64) -> Vec<Step> {
-    let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut dice = Dice(u64::from(seed as u32).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     dice.below(2);
     let (mut client_done, mut server_done) = (false, false);
     let mut steps = Vec::new();
@@ -164,8 +165,10 @@ async fn play(mut stream: TcpStream, seed: u64, me: Side) -> String {
                 return met;
             }
             Step::Reset(_) if mine_done => {
-                // Bytes that were on their way may be lost with it, so what was read before is not the story's.
-                return end(&mut stream).await;
+                // Bytes that were on their way may be lost with it, so what was read before is not the story's. A socket
+                // tells of its reset once, perhaps in the step before.
+                let last = end(&mut stream).await;
+                return if met.contains("reset") { "reset ".to_owned() } else { last };
             }
             Step::Reset(_) => {
                 met.push_str(&end(&mut stream).await);
