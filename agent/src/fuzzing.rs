@@ -9,7 +9,7 @@ pub use crate::{
     capture::fuzzing::capture,
     cluster::fuzzing::manifests,
     identity::fuzzing::{ca_answer, certificate_request, peer_certificate, spiffe, trust_bundle},
-    life::fuzzing::flags,
+    life::fuzzing::{admin_query, flags},
     policy::fuzzing::policies,
     tunnel::fuzzing::{arrival, connect_target, frames, own_headers, request_headers},
 };
@@ -21,7 +21,8 @@ mod tests {
     type Target = fn(&[u8]);
 
     /// Name of a target, of its folder of the corpus, and what it runs.
-    const TARGETS: [(&str, Target); 14] = [
+    const TARGETS: [(&str, Target); 15] = [
+        ("admin_query", super::admin_query),
         ("arrival", super::arrival),
         ("ca_answer", super::ca_answer),
         ("capture", super::capture),

@@ -1,6 +1,13 @@
-//! Fuzzing of what is typed: see [`crate::fuzzing`].
+//! Fuzzing of what is typed, and of what the admin socket is asked: see [`crate::fuzzing`].
+
+use axum::extract::Query;
 
 use super::config::{duration, lifetime, listen, trust_domain};
+use crate::{
+    cluster,
+    identity::{SpiffeId, TrustDomain},
+    policy::{Question, Rulebook, answer},
+};
 
 /// Durations, addresses and names of flags: what is accepted means what it prints, and what is refused says what to write.
 pub fn flags(data: &[u8]) {
@@ -18,5 +25,38 @@ pub fn flags(data: &[u8]) {
     }
     if let Ok(domain) = trust_domain(text) {
         assert_eq!(domain.as_str(), text);
+    }
+}
+
+const CLUSTER: &str = "
+apiVersion: v1
+kind: Pod
+metadata: {name: web, namespace: shop, uid: web}
+spec: {containers: [], serviceAccountName: web}
+status: {phase: Running, podIP: 10.0.0.1}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: p, namespace: shop}
+spec: {rules: [{from: [{source: {principals: [cluster.local/ns/shop/sa/web]}}]}]}
+";
+
+/// Whatever the query is, its answer is about a pod that is there and a source that could be.
+pub fn admin_query(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let Ok(uri) = format!("/policy/explain?{text}").parse() else { return };
+    let Ok(Query(question)) = Query::<Question>::try_from_uri(&uri) else { return };
+    let Ok(domain) = "cluster.local".parse::<TrustDomain>() else { return };
+    let snapshot = cluster::fuzzing::snapshot(CLUSTER);
+    let rules = Rulebook::compile(&snapshot);
+    match answer(&question, &snapshot, &rules, &domain) {
+        Ok(explained) => {
+            assert_eq!(explained.to, "shop/web");
+            assert!(explained.port != 0);
+            assert!(explained.from.is_empty() || explained.from.parse::<SpiffeId>().is_ok(), "{}", explained.from);
+            let allowed = explained.from == "spiffe://cluster.local/ns/shop/sa/web";
+            assert_eq!(explained.explanation.allowed, allowed, "{}", explained.from);
+        }
+        Err(error) => assert!(!error.reason().is_empty()),
     }
 }

@@ -5,7 +5,10 @@ use std::net::{IpAddr, SocketAddr};
 use super::{meant_service, target::target};
 use crate::{
     cluster,
-    tunnel::classify::{REFUSED_TARGETS, canonical},
+    tunnel::{
+        Trace,
+        classify::{REFUSED_TARGETS, canonical},
+    },
 };
 
 /// A target that is accepted is the pod's own address and an app's port, whatever it was written as.
@@ -50,9 +53,16 @@ ports: [{port: 80}]
 endpoints: [{addresses: [10.0.0.1], targetRef: {kind: Pod, namespace: shop, name: web}}]
 "#;
 
-/// No header makes a Service of one that the pod is not behind.
+/// No header makes a Service of one that the pod is not behind; a trace that is joined is the one that was named, and is
+/// joined by the next in the same way.
 pub fn request_headers(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
+    if let Some(trace) = Trace::join(text) {
+        assert!(trace.trace_id != 0 && text.contains(&trace.to_string()), "{text}");
+        let next = Trace::join(&trace.traceparent());
+        let next = next.map(|next| (next.trace_id, next.parent, next.sampled));
+        assert_eq!(next, Some((trace.trace_id, Some(trace.span_id), trace.sampled)), "{text}");
+    }
     let snapshot = cluster::fuzzing::snapshot(CLUSTER);
     let Some(pod) = snapshot.workloads.get("web") else { unreachable!("the cluster has the pod") };
     if let Some(service) = meant_service(&snapshot, Some(text), pod) {
