@@ -28,12 +28,15 @@ fn spans(receiver: &Process) -> Vec<Value> {
     receiver.stdout().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
-/// The pair of spans of one connection, client's and server's, of which the server's has this status.
-fn pair(receiver: &Process, status: &str) -> Option<(Value, Value)> {
+/// The pair of spans of one connection, client's and server's, of which the client's has this error.
+fn pair(receiver: &Process, error: &Value) -> Option<(Value, Value)> {
     let spans = spans(receiver);
-    let server = spans.iter().find(|span| span["kind"] == "SPAN_KIND_SERVER" && span["status"] == status)?;
-    let client = spans.iter().find(|span| span["kind"] == "SPAN_KIND_CLIENT" && span["trace"] == server["trace"])?;
-    Some((client.clone(), server.clone()))
+    let of = |kind| spans.iter().filter(move |span| span["kind"] == kind);
+    let mut clients = of("SPAN_KIND_CLIENT").filter(|span| span["attributes"]["error.type"] == *error);
+    clients.find_map(|client| {
+        let server = of("SPAN_KIND_SERVER").find(|span| span["trace"] == client["trace"])?;
+        Some((client.clone(), server.clone()))
+    })
 }
 
 #[test]
@@ -55,8 +58,9 @@ fn both_sides_of_a_connection_are_spans_of_one_trace_to_an_independent_receiver(
         let seen = client.connect(service.at()).say("hello").with("--expect", 5).run().ok()?;
         seen.error.is_none().then_some(())
     })?;
-    let (offered, answered) = until(wait, "a span of either side", || pair(&collector, "STATUS_CODE_UNSET"))?;
+    let (offered, answered) = until(wait, "a span of either side", || pair(&collector, &Value::Null))?;
     assert_eq!(offered["parent"], "", "the trace begins at the client's side");
+    assert_eq!((&offered["status"], &answered["status"]), (&json!("STATUS_CODE_UNSET"), &json!("STATUS_CODE_UNSET")));
     assert_eq!(answered["parent"], offered["span"], "and goes on at the server's");
     assert_ne!(answered["span"], offered["span"]);
     let log = lab.agent(2)?.wait_access("the server's line", |line| line.get("trace_id") == offered["trace"])?;
@@ -84,15 +88,14 @@ fn both_sides_of_a_connection_are_spans_of_one_trace_to_an_independent_receiver(
     lab.authorize("shop", "no-7001", &rule)?;
     let (offered, answered) = until(wait, "spans of a denied connection", || {
         client.connect(server.at(7001)).say("x").with("--expect", 1).run().ok()?;
-        pair(&collector, "STATUS_CODE_ERROR")
+        pair(&collector, &json!("denied_by_peer"))
     })?;
     assert_eq!(answered["attributes"]["error.type"], "policy_denied");
     assert_eq!(answered["attributes"]["heddle.policy"], "shop/no-7001");
     assert_eq!(answered["message"], "explicitly denied by: shop/no-7001");
-    assert_eq!(
-        (&offered["status"], &offered["attributes"]["error.type"]),
-        (&answered["status"], &json!("denied_by_peer"))
-    );
+    for span in [&offered, &answered] {
+        assert_eq!(span["status"], "STATUS_CODE_ERROR");
+    }
 
     for node in [1, 2] {
         let scrape = lab.agent(node)?.metrics()?;

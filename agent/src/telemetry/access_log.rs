@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     life::limits,
+    policy::Denial,
     tunnel::{Direction, End, Flow, Security},
 };
 
@@ -224,14 +225,15 @@ impl Record<'_> {
             }
             End::Denied(denial) => {
                 let policy = denial.policy().map(|policy| policy.to_string()).unwrap_or_default();
-                let error = match self.carried {
-                    Some(_) => format!("connection closed due to policy change: {denial}"),
-                    None => denial.to_string(),
-                };
-                (response_flags(self.end), denial.reason(), policy, error)
+                (response_flags(self.end), denial.reason(), policy, denied(denial, self.carried.is_some()))
             }
         }
     }
+}
+
+/// What is said of a denial: at the start, or of a connection that was `carried` until then.
+pub(super) fn denied(denial: &Denial, carried: bool) -> String {
+    if carried { format!("connection closed due to policy change: {denial}") } else { denial.to_string() }
 }
 
 /// `response_flags` of metrics and log: `-`, `DENY`, or what the tunnel says of a failure.

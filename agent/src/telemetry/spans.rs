@@ -271,7 +271,7 @@ fn span(
         End::Denied(denial) => {
             text("error.type", denial.reason());
             text("heddle.policy", denial.policy().map_or("", |policy| policy));
-            Status::error(denial.to_string())
+            Status::error(super::access_log::denied(denial, carried.is_some()))
         }
     };
     text("network.transport", "tcp");

@@ -88,7 +88,7 @@ fn a_span_tells_the_connection_in_the_words_of_the_conventions() {
 fn an_end_with_an_error_makes_a_span_with_an_error() {
     let flow = flow(Direction::Inbound);
     let denied = told(&flow, &End::Denied(Denial::Explicit { policy: "shop/deny".into() })).unwrap();
-    assert_eq!(denied.status, Status::error("explicitly denied by: shop/deny"));
+    assert_eq!(denied.status, Status::error("connection closed due to policy change: explicitly denied by: shop/deny"));
     assert_eq!(
         (attribute(&denied, "error.type"), attribute(&denied, "heddle.policy")),
         ("policy_denied".into(), "shop/deny".into())
