@@ -11,7 +11,7 @@ pub use crate::{
     identity::fuzzing::{ca_answer, certificate_request, peer_certificate, spiffe, trust_bundle},
     life::fuzzing::{admin_query, flags},
     policy::fuzzing::policies,
-    tunnel::fuzzing::{arrival, connect_target, frames, own_headers, request_headers},
+    tunnel::fuzzing::{arrival, connect_target, frames, own_headers, proof_answer, request_headers},
 };
 
 #[cfg(test)]
@@ -21,7 +21,7 @@ mod tests {
     type Target = fn(&[u8]);
 
     /// Name of a target, of its folder of the corpus, and what it runs.
-    const TARGETS: [(&str, Target); 15] = [
+    const TARGETS: [(&str, Target); 16] = [
         ("admin_query", super::admin_query),
         ("arrival", super::arrival),
         ("ca_answer", super::ca_answer),
@@ -34,6 +34,7 @@ mod tests {
         ("own_headers", super::own_headers),
         ("peer_certificate", super::peer_certificate),
         ("policies", super::policies),
+        ("proof_answer", super::proof_answer),
         ("request_headers", super::request_headers),
         ("spiffe", super::spiffe),
         ("trust_bundle", super::trust_bundle),

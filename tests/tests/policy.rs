@@ -181,9 +181,9 @@ const TORN: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\
     namespace: shop\nspec:\n  action: DENY\n  rules: [{from: [{sour";
 const RULE: &str = "authorizationpolicy-shop-rule.yaml";
 
-/// O5: the workload is there before its policy, which comes torn and is whole 5 s later.
+/// The workload is there before its policy, which comes torn and is whole 5 s later.
 #[test]
-fn while_a_policy_is_not_readable_yet_nobody_gets_through_and_then_it_holds() -> Result {
+fn o5_while_a_policy_is_not_readable_yet_nobody_gets_through_and_then_it_holds() -> Result {
     needs_root!();
     let stage = stage()?;
     let elsewhere = stage.lab.pod("street", "elsewhere").on(2).serves(&["echo:7000"]).start()?;
@@ -215,9 +215,9 @@ fn while_a_policy_is_not_readable_yet_nobody_gets_through_and_then_it_holds() ->
     held.close()
 }
 
-/// O7: the running agent goes on with what the file last said; a new one does not pretend.
+/// The running agent goes on with what the file last said; a new one does not pretend.
 #[test]
-fn a_malformed_deny_is_loud_and_the_last_good_state_holds_where_there_is_one() -> Result {
+fn o7_a_malformed_deny_is_loud_and_the_last_good_state_holds_where_there_is_one() -> Result {
     needs_root!();
     let stage = stage()?;
     let rule = from(&json!({"namespaces": ["street"]}));

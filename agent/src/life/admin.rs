@@ -209,10 +209,12 @@ pub struct Answers {
     pub status: Box<dyn Fn() -> Status + Send + Sync>,
     pub connections: Box<dyn Fn() -> Vec<ConnectionLine> + Send + Sync>,
     pub certificates: Box<dyn Fn() -> Vec<CertificateLine> + Send + Sync>,
-    pub explain: Box<dyn Fn(&Question) -> Result<Explained, QuestionError> + Send + Sync>,
+    pub explain: Box<dyn Fn(&Question) -> Explaining + Send + Sync>,
     pub prove: Box<dyn Fn(proof::Request) -> Proving + Send + Sync>,
 }
 
+/// What a question comes to.
+pub type Explaining = Result<Explained, QuestionError>;
 /// A proof under way.
 pub type Proving = Pin<Box<dyn Future<Output = Result<proof::Report, ProofError>> + Send>>;
 

@@ -117,7 +117,7 @@ pub fn explain(rules: &Rulebook, request: &Request) -> Explanation {
     explanation.gaps = selected.incomplete.iter().map(ToString::to_string).collect();
     explanation.policies =
         rules.policies(&pod.namespace).map(|(scope, policy)| consider(scope, policy, request)).collect();
-    explanation.policies.sort_by_key(|policy| order(policy));
+    explanation.policies.sort_by_key(order);
     explanation.problems = rules
         .problems_at(&pod.namespace)
         .map(|problem| {

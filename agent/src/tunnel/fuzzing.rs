@@ -8,6 +8,7 @@ use std::{
 pub use super::{
     answer::fuzzing::{connect_target, request_headers},
     offer::fuzzing::own_headers,
+    proof::fuzz as proof_answer,
 };
 use super::{
     classify::{Arrival, HBONE_PORT, LISTENER_PORT, canonical, classify},

@@ -71,7 +71,8 @@ impl Witness {
     /// As a header, if it fits.
     pub(super) fn header(&self) -> Option<HeaderValue> {
         let text = serde_json::to_string(self).ok()?;
-        (text.len() <= limits::PROOF_ANSWER).then(|| HeaderValue::try_from(text).ok())?
+        let fits = text.len() <= limits::PROOF_ANSWER && text.is_ascii();
+        fits.then(|| HeaderValue::try_from(text).ok())?
     }
 
     /// From the answer's headers. `None` where the peer says nothing, or nothing that can be believed to be meant so.
@@ -120,11 +121,14 @@ pub struct Answer {
     pub session: Option<Arc<Session>>,
 }
 
+/// Who waits for a connection, by its pod's uid and source port.
+type Waiting = HashMap<(Arc<str>, u16), oneshot::Sender<Seen>>;
+
 /// Connections that are asked to prove themselves, by their pod's uid and source port.
 #[derive(Debug)]
 pub struct Proofs {
     expected: AtomicUsize,
-    waiting: Mutex<HashMap<(Arc<str>, u16), oneshot::Sender<Seen>>>,
+    waiting: Mutex<Waiting>,
     answering: Arc<Semaphore>,
 }
 
@@ -166,7 +170,7 @@ impl Proofs {
         Arc::clone(&self.answering).try_acquire_owned().ok()
     }
 
-    fn waiting(&self) -> MutexGuard<'_, HashMap<(Arc<str>, u16), oneshot::Sender<Seen>>> {
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -223,6 +227,18 @@ fn lock(recorder: &Mutex<Answer>) -> MutexGuard<'_, Answer> {
 /// Notes an answer to CONNECT.
 pub(super) fn answered(recorder: &Mutex<Answer>, status: u16, headers: &HeaderMap, session: Option<&Arc<Session>>) {
     *lock(recorder) = Answer { status: Some(status), witness: Witness::read(headers), session: session.cloned() };
+}
+
+/// What a far agent says is read within its cap, is harmless on a terminal, and says the same when it is written again.
+#[cfg(any(test, fuzzing))]
+pub fn fuzz(data: &[u8]) {
+    let Ok(value) = HeaderValue::from_bytes(data) else { return };
+    if let Some(witness) = Witness::read(&HeaderMap::from_iter([(HEADER, value)])) {
+        assert!(data.len() <= limits::PROOF_ANSWER && witness.is_plain());
+        if let Some(header) = witness.header() {
+            assert_eq!(Witness::read(&HeaderMap::from_iter([(HEADER, header)])), Some(witness));
+        }
+    }
 }
 
 #[cfg(test)]

@@ -10,11 +10,14 @@ use crate::{
         table::{plain, table},
     },
     cluster::{self, Settings},
-    life::config::{ROOT_NAMESPACE, TRUST_DOMAIN, trust_domain},
+    life::config::{ConfigError, ROOT_NAMESPACE, TRUST_DOMAIN, trust_domain},
     policy::{Explained, Question, Rulebook, answer},
 };
 
-/// Ends with status 0 when the connection would be allowed, and 1 when it would be denied.
+/// When the question names nothing that is known, or nobody can be asked.
+const UNKNOWN: u8 = 2;
+
+/// Ends with status 0 when the connection would be allowed, 1 when it would be denied, and 2 when nobody can say.
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
     /// Who connects: NAMESPACE/SERVICEACCOUNT, a SPIFFE id, or none for plaintext.
@@ -41,23 +44,36 @@ pub(in crate::cli) struct Args {
 
 impl Args {
     pub fn run(self) -> anyhow::Result<ExitCode> {
+        let (asks_for_json, explained) = (self.ask.json, self.explained());
+        let explained = match explained {
+            Ok(explained) => explained,
+            Err(error) if error.is::<ConfigError>() => return Err(error),
+            Err(error) => {
+                eprintln!("heddle: {error:#}");
+                return Ok(ExitCode::from(UNKNOWN));
+            }
+        };
+        print(&if asks_for_json { json(&explained)? } else { text(&explained) })?;
+        Ok(if explained.explanation.allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    fn explained(self) -> anyhow::Result<Explained> {
         let question = Question { from: self.from, to: self.to, ip: self.ip };
-        let explained = match &self.manifests {
+        match &self.manifests {
             None => {
                 let ip = question.ip.map(|ip| ip.to_string());
                 let parts = [("from", Some(&*question.from)), ("to", Some(&*question.to)), ("ip", ip.as_deref())];
-                self.ask.get(&query("/policy/explain", &parts))?
+                self.ask.get(&query("/policy/explain", &parts))
             }
             Some(folder) => {
                 let settings = Settings { root_namespace: self.root_namespace.as_str().into(), ..Settings::default() };
                 let mut directory = cluster::Directory::new(folder.clone());
                 directory.scan().with_context(|| folder.display().to_string())?;
                 let snapshot = cluster::index(&directory.objects(), &settings, 1);
-                answer(&question, &snapshot, &Rulebook::compile(&snapshot), &trust_domain(&self.trust_domain)?)?
+                let trust_domain = trust_domain(&self.trust_domain)?;
+                Ok(answer(&question, &snapshot, &Rulebook::compile(&snapshot), &trust_domain)?)
             }
-        };
-        print(&if self.ask.json { json(&explained)? } else { text(&explained) })?;
-        Ok(if explained.explanation.allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
     }
 }
 

@@ -228,6 +228,12 @@ fn verdict(facts: &Facts, near: Option<&Near>, far: Option<&Witness>) -> (Verdic
     match (near.tunnel, status) {
         (false, None) if reason.is_empty() => {
             let pod = if near.pod.is_empty() { to } else { &near.pod };
+            if pod == from {
+                return (
+                    Verdict::Plain,
+                    format!("{from} connects to itself: that never leaves it, and is not encrypted"),
+                );
+            }
             (Verdict::Plain, format!("{pod} is not in the mesh: the connection is carried to it without TLS"))
         }
         (true, Some(200)) => (Verdict::Proven, "authenticated, encrypted and allowed".to_owned()),
