@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::budget::Rate;
 
 /// A peer that sends no complete TLS handshake in this time is gone (duration). Handshakes take milliseconds; 5 s
-/// survives a lost SYN-ACK and two retransmissions.
-pub const TLS_HANDSHAKE: Duration = Duration::from_secs(5);
+/// survives a lost SYN-ACK and two retransmissions. A little more, so that the peer too sees no less than 5 s.
+pub const TLS_HANDSHAKE: Duration = Duration::from_millis(5_200);
 /// From an accepted TLS connection to its first CONNECT (duration).
 pub const FIRST_CONNECT: Duration = Duration::from_secs(5);
 /// TCP connect to another agent or to an endpoint outside the mesh (duration). What applications expect at the least.
@@ -35,7 +35,7 @@ pub const FRAME: u32 = 256 << 10;
 /// Largest decoded header list received (bytes).
 pub const HEADER_LIST: u32 = 16 << 10;
 /// Bytes that a stream may have queued for sending (bytes).
-pub const SEND_BUFFER: usize = 256 << 10;
+pub const SEND_BUFFER: usize = 224 << 10;
 /// Fields of a request (fields): HBONE has 4.
 pub const HEADER_FIELDS: usize = 32;
 /// CONTINUATION frames of one header block (frames): an honest block is one frame.
@@ -86,6 +86,9 @@ pub const RELAY_BUFFER_MAX: usize = 256 << 10;
 pub const POLLS_BETWEEN_EVENTS: u32 = 8;
 /// Listen backlog of each pod's listener (connections).
 pub const LISTEN_BACKLOG: i32 = 4_096;
+/// Bytes that one direction of a connection moves before other tasks get their turn (bytes): a tenth of a millisecond, so that
+/// bulk holds up nobody's request.
+pub const TURN: usize = 256 << 10;
 /// Connections that the agent holds at a time, per pod (connections): every tunnel, every stream, every plaintext connection.
 pub const CONNECTIONS_PER_POD: usize = 4_096;
 /// Connections of every pod that no other can take (connections), while all of them together need at most half of the descriptors.

@@ -218,6 +218,8 @@ impl Alarm {
 #[derive(Debug)]
 pub(crate) struct Frames<T> {
     io: T,
+    /// Bytes read and written since the task last waited.
+    turn: usize,
     allowance: Allowance,
     alarm: Arc<Alarm>,
 }
@@ -225,7 +227,19 @@ pub(crate) struct Frames<T> {
 impl<T> Frames<T> {
     pub fn new(io: T, role: Role) -> (Self, Arc<Alarm>) {
         let alarm = Arc::<Alarm>::default();
-        (Self { io, allowance: Allowance::new(role), alarm: Arc::clone(&alarm) }, alarm)
+        (Self { io, turn: 0, allowance: Allowance::new(role), alarm: Arc::clone(&alarm) }, alarm)
+    }
+}
+
+impl<T> Frames<T> {
+    /// A connection that never runs out of bytes would hold up all others of its thread.
+    fn yields(&mut self, cx: &Context<'_>) -> bool {
+        let over = self.turn >= limits::TURN;
+        if over {
+            self.turn = 0;
+            cx.waker().wake_by_ref();
+        }
+        over
     }
 }
 
@@ -235,8 +249,15 @@ impl<T: AsyncRead + Unpin> AsyncRead for Frames<T> {
             // The driver, which the alarm has woken, ends the connection: nothing needs to wake this.
             return Poll::Pending;
         }
+        if self.yields(cx) {
+            return Poll::Pending;
+        }
         let before = buf.filled().len();
-        ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
+        if Pin::new(&mut self.io).poll_read(cx, buf)?.is_pending() {
+            self.turn = 0;
+            return Poll::Pending;
+        }
+        self.turn += buf.filled().len() - before;
         let read = buf.filled().get(before..).unwrap_or_default();
         if let Err(flood) = self.allowance.read(read, Instant::now) {
             self.alarm.raise(flood);
@@ -249,7 +270,11 @@ impl<T: AsyncRead + Unpin> AsyncRead for Frames<T> {
 
 impl<T: AsyncWrite + Unpin> AsyncWrite for Frames<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        if self.yields(cx) {
+            return Poll::Pending;
+        }
         let written = ready!(Pin::new(&mut self.io).poll_write(cx, buf))?;
+        self.turn += written;
         self.allowance.wrote(written);
         Poll::Ready(Ok(written))
     }
@@ -259,7 +284,11 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Frames<T> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if self.yields(cx) {
+            return Poll::Pending;
+        }
         let written = ready!(Pin::new(&mut self.io).poll_write_vectored(cx, bufs))?;
+        self.turn += written;
         self.allowance.wrote(written);
         Poll::Ready(Ok(written))
     }

@@ -102,6 +102,27 @@ fn an_honest_peer_pings_for_ever() {
     }
 }
 
+#[test]
+fn a_connection_that_never_runs_out_of_bytes_gives_others_their_turn() {
+    // Zeros are empty frames of data.
+    let (mut frames, _alarm) = Frames::new(tokio::io::repeat(0), Role::Client);
+    let mut cx = Context::from_waker(std::task::Waker::noop());
+    let mut room = vec![0; 16 << 10];
+    for turn in 0..3 {
+        let mut read = 0;
+        loop {
+            let mut buf = ReadBuf::new(&mut room);
+            match Pin::new(&mut frames).poll_read(&mut cx, &mut buf) {
+                Poll::Ready(result) => result.unwrap(),
+                Poll::Pending => break,
+            }
+            read += buf.filled().len();
+            assert!(read <= 2 * limits::TURN, "turn {turn} has no end");
+        }
+        assert!(read >= limits::TURN, "turn {turn} ends after {read} bytes");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 

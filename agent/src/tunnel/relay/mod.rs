@@ -171,6 +171,24 @@ pub(super) async fn direct(
     result
 }
 
+/// What one direction has moved in this turn.
+#[derive(Debug, Default)]
+struct Turn {
+    moved: usize,
+}
+
+impl Turn {
+    /// Whether it is others' turn now; then this direction is polled again after them.
+    fn over(&mut self, moved: usize, cx: &Context<'_>) -> bool {
+        self.moved += moved;
+        let over = self.moved >= limits::TURN;
+        if over {
+            cx.waker().wake_by_ref();
+        }
+        over
+    }
+}
+
 /// Closes a socket so that its peer sees a reset, not an end.
 pub(super) fn reset(tcp: TcpStream) {
     // A socket that is gone already needs none.

@@ -16,7 +16,7 @@ use tokio::{
     },
 };
 
-use super::{Broken, tcp_in::TcpIn};
+use super::{Broken, Turn, tcp_in::TcpIn};
 
 /// Which end broke.
 #[derive(Debug)]
@@ -56,6 +56,7 @@ impl<'a> TcpToTcp<'a> {
     }
 
     pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Side>> {
+        let mut turn = Turn::default();
         while !self.done {
             if self.chunk.is_empty() {
                 match ready!(self.input.poll_chunk(cx)).map_err(Side::Input)? {
@@ -72,6 +73,9 @@ impl<'a> TcpToTcp<'a> {
             let written = ready!(written).map_err(Side::Output)?;
             self.counter.fetch_add(written as u64, Ordering::Relaxed);
             self.chunk.advance(written);
+            if turn.over(written, cx) {
+                return Poll::Pending;
+            }
         }
         Poll::Ready(Ok(()))
     }

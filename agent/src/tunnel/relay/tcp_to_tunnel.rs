@@ -9,7 +9,7 @@ use bytes::Bytes;
 use h2::SendStream;
 use tokio::net::{TcpStream, tcp::ReadHalf};
 
-use super::{Broken, poll_reset, tcp_in::TcpIn};
+use super::{Broken, Turn, poll_reset, tcp_in::TcpIn};
 use crate::tunnel::http2::{Stall, Stalls};
 
 #[derive(Debug)]
@@ -46,6 +46,7 @@ impl<'a> TcpToTunnel<'a> {
     }
 
     pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        let mut turn = Turn::default();
         while !self.done {
             if self.chunk.is_empty() {
                 match ready!(self.input.poll_chunk(cx)).map_err(Broken::Near)? {
@@ -62,10 +63,14 @@ impl<'a> TcpToTunnel<'a> {
             }
             let room = ready!(self.poll_room(cx))?;
             let piece = self.chunk.split_to(room.min(self.chunk.len()));
-            self.counter.fetch_add(piece.len() as u64, Ordering::Relaxed);
+            let moved = piece.len();
+            self.counter.fetch_add(moved as u64, Ordering::Relaxed);
             self.send.send_data(piece, false)?;
             if !self.chunk.is_empty() {
                 self.send.reserve_capacity(self.chunk.len());
+            }
+            if turn.over(moved, cx) {
+                return Poll::Pending;
             }
         }
         Poll::Ready(Ok(()))

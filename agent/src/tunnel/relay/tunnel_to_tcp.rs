@@ -16,7 +16,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use h2::RecvStream;
 use tokio::{io::AsyncWrite, net::tcp::WriteHalf};
 
-use super::Broken;
+use super::{Broken, Turn};
 use crate::life::{budget::Buffers, limits};
 
 #[derive(Debug)]
@@ -40,6 +40,7 @@ impl<'a> TunnelToTcp<'a> {
     }
 
     pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        let mut turn = Turn::default();
         while !self.done {
             self.gather(cx)?;
             if !self.queue.is_empty() {
@@ -55,6 +56,9 @@ impl<'a> TunnelToTcp<'a> {
                 self.counter.fetch_add(written as u64, Ordering::Relaxed);
                 // Fails only when the stream has just ended, and then there is no window to give back.
                 let _ = self.receive.flow_control().release_capacity(written);
+                if turn.over(written, cx) {
+                    return Poll::Pending;
+                }
             } else if self.ended {
                 ready!(Pin::new(&mut self.output).poll_shutdown(cx)).map_err(Broken::Near)?;
                 self.done = true;
