@@ -123,7 +123,7 @@ fn run_target(name: &str, seconds: u64, keep: bool) -> Result<()> {
         .arg(format!("-max_total_time={seconds}"))
         .arg(format!("-timeout={INPUT}"))
         .arg(format!("-rss_limit_mb={MEMORY}"))
-        .arg("-max_len=8192")
+        .arg("-max_len=4096")
         .arg("-print_final_stats=1")
         .arg(format!("-artifact_prefix={}/", crashes.display()))
         .output()

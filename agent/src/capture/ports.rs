@@ -26,7 +26,7 @@ const ENOUGH: u16 = 4_096;
 #[must_use]
 pub fn range(ephemeral: &RangeInclusive<u16>) -> RangeInclusive<u16> {
     let below = LOWEST..=ephemeral.start().saturating_sub(1);
-    let above = ephemeral.end().saturating_add(1)..=u16::MAX;
+    let above = ephemeral.end().saturating_add(1).max(LOWEST)..=u16::MAX;
     let above_is_empty = *ephemeral.end() == u16::MAX;
     if count(&below) >= u32::from(ENOUGH) {
         below
@@ -149,6 +149,7 @@ mod tests {
         assert_eq!(range(&(2_000..=65_535)), 1_024..=1_999);
         assert_eq!(range(&(1_030..=65_000)), 65_001..=65_535);
         assert_eq!(range(&(1..=65_535)), 1_024..=65_535);
+        assert_eq!(range(&(600..=750)), 1_024..=65_535);
     }
 
     #[test]

@@ -36,5 +36,15 @@ fn print(objects: &Objects) -> String {
 
 /// What the agent would know of a cluster that is this text.
 pub fn snapshot(text: &str) -> Snapshot {
-    index(&[Arc::new(read(text).objects)], &Settings::default(), 1)
+    with(&Arc::default(), text)
+}
+
+/// What the agent would know of a cluster that is these objects and this text.
+pub fn with(objects: &Arc<Objects>, text: &str) -> Snapshot {
+    index(&[Arc::clone(objects), Arc::new(read(text).objects)], &Settings::default(), 1)
+}
+
+/// What a text holds that is always the same: read once.
+pub fn objects(text: &str) -> Arc<Objects> {
+    Arc::new(read(text).objects)
 }

@@ -1,10 +1,12 @@
 //! Fuzzing of what is typed, and of what the admin socket is asked: see [`crate::fuzzing`].
 
+use std::sync::LazyLock;
+
 use axum::extract::Query;
 
 use super::config::{duration, lifetime, listen, trust_domain};
 use crate::{
-    cluster,
+    cluster::{self, Snapshot},
     identity::{SpiffeId, TrustDomain},
     policy::{Question, Rulebook, answer},
 };
@@ -47,9 +49,13 @@ pub fn admin_query(data: &[u8]) {
     let Ok(uri) = format!("/policy/explain?{text}").parse() else { return };
     let Ok(Query(question)) = Query::<Question>::try_from_uri(&uri) else { return };
     let Ok(domain) = "cluster.local".parse::<TrustDomain>() else { return };
-    let snapshot = cluster::fuzzing::snapshot(CLUSTER);
-    let rules = Rulebook::compile(&snapshot);
-    match answer(&question, &snapshot, &rules, &domain) {
+    static READ: LazyLock<(Snapshot, Rulebook)> = LazyLock::new(|| {
+        let snapshot = cluster::fuzzing::snapshot(CLUSTER);
+        let rules = Rulebook::compile(&snapshot);
+        (snapshot, rules)
+    });
+    let (snapshot, rules) = &*READ;
+    match answer(&question, snapshot, rules, &domain) {
         Ok(explained) => {
             assert_eq!(explained.to, "shop/web");
             assert!(explained.port != 0);

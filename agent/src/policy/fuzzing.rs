@@ -1,11 +1,15 @@
 //! Fuzzing of AuthorizationPolicy and PeerAuthentication: see [`crate::fuzzing`].
 
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    net::IpAddr,
+    sync::{Arc, LazyLock},
+};
 
 use super::{Denial, Effect, Request, Rulebook, decide};
-use crate::cluster::{self, Snapshot, Workload};
+use crate::cluster::{self, Objects, Snapshot, Workload};
 
-/// Pods that the policies may select; policies come after it.
+/// Pods that the policies may select.
 const PODS: &str = "
 apiVersion: v1
 kind: Pod
@@ -18,14 +22,14 @@ kind: Pod
 metadata: {name: db, namespace: bank, uid: db, labels: {app: db}}
 spec: {containers: []}
 status: {phase: Running, podIP: 10.0.0.2}
----
 ";
 
 /// Any policies compile, and every decision stands on something: who is let in was let in by an ALLOW policy that can be
 /// enforced, or is selected by none; a policy that can't be enforced only takes away.
 pub fn policies(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    let whole = cluster::fuzzing::snapshot(&format!("{PODS}{text}"));
+    static PODS_READ: LazyLock<Arc<Objects>> = LazyLock::new(|| cluster::fuzzing::objects(PODS));
+    let whole = cluster::fuzzing::with(&PODS_READ, text);
     let rules = Rulebook::compile(&whole);
     let denying: BTreeSet<&str> = rules
         .problems()

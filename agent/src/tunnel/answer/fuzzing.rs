@@ -1,10 +1,13 @@
 //! Fuzzing of what a peer's CONNECT says: see [`crate::fuzzing`].
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::LazyLock,
+};
 
 use super::{meant_service, target::target};
 use crate::{
-    cluster,
+    cluster::{self, Snapshot},
     tunnel::{
         Trace,
         classify::{REFUSED_TARGETS, canonical},
@@ -63,9 +66,10 @@ pub fn request_headers(data: &[u8]) {
         let next = next.map(|next| (next.trace_id, next.parent, next.sampled));
         assert_eq!(next, Some((trace.trace_id, Some(trace.span_id), trace.sampled)), "{text}");
     }
-    let snapshot = cluster::fuzzing::snapshot(CLUSTER);
+    static READ: LazyLock<Snapshot> = LazyLock::new(|| cluster::fuzzing::snapshot(CLUSTER));
+    let snapshot = &*READ;
     let Some(pod) = snapshot.workloads.get("web") else { unreachable!("the cluster has the pod") };
-    if let Some(service) = meant_service(&snapshot, Some(text), pod) {
+    if let Some(service) = meant_service(snapshot, Some(text), pod) {
         assert_eq!(&*service.name, "web", "{text}");
         assert!(text.contains(&*service.hostname), "{text}");
     }

@@ -1,7 +1,9 @@
 //! Fuzzing of what we say of ourselves in a CONNECT, which is made of what manifests say: see [`crate::fuzzing`].
 
+use std::sync::LazyLock;
+
 use super::request::baggage;
-use crate::cluster;
+use crate::cluster::{self, Snapshot, Workload};
 
 const POD: &str = "
 apiVersion: v1
@@ -14,9 +16,10 @@ status: {phase: Running, podIP: 10.0.0.1}
 /// Whatever the names are, the baggage is a header with the members that were meant and no more (W3C Baggage §3.3).
 pub fn own_headers(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    let snapshot = cluster::fuzzing::snapshot(POD);
+    static READ: LazyLock<Snapshot> = LazyLock::new(|| cluster::fuzzing::snapshot(POD));
+    let snapshot = &*READ;
     let Some(pod) = snapshot.workloads.get("web") else { unreachable!("the cluster has the pod") };
-    let mut workload = crate::cluster::Workload::clone(pod);
+    let mut workload = Workload::clone(pod);
     workload.naming.workload = text.into();
     workload.naming.canonical_name = text.into();
     let Some(header) = baggage(text, &workload) else { unreachable!("no header for {text:?}") };
