@@ -151,8 +151,9 @@ pub const LOG_LINES: usize = 10_000;
 pub const LOG_REFUSALS: u32 = 10;
 /// Pods and reasons whose lines are counted apart (pairs): a node has some hundred pods; past it they share one count.
 pub const LOG_WINDOWS: usize = 4_096;
-/// Label sets that the connection metrics hold (series); past it events count under `overflow`.
-pub const METRIC_SERIES: usize = 10_000;
+/// Series of the connection metrics (series); past it events count under `overflow`. With those of denials, dry runs, pods
+/// and the agent itself a scrape stays within 10,000.
+pub const METRIC_SERIES: usize = 8_000;
 /// Requests under way on the metrics, readiness and admin endpoints together (requests).
 pub const ADMIN_REQUESTS: usize = 64;
 /// How long a probe connection may take (duration).
@@ -273,8 +274,9 @@ pub const PROOF_ANSWER: usize = 4 << 10;
 pub const METRIC_IDLE: Duration = Duration::from_secs(600);
 /// How often they are looked for (duration).
 pub const METRIC_SWEEP: Duration = Duration::from_secs(60);
-/// Pairs of reason and policy in the metric of denials (series); past it the policy is `overflow`.
-pub const METRIC_DENIALS: usize = 1_000;
+/// Pairs of reason and policy in the metric of denials, and of action and policy in that of dry runs (series); past it the
+/// policy is `overflow`.
+pub const METRIC_DENIALS: usize = 500;
 /// TCP's state of a tunnel is asked for at most this often (duration): a system call that no byte waits for.
 pub const TCP_HEALTH: Duration = Duration::from_secs(1);
 /// A dry-run policy that matches is logged at most this often (duration), and counted always.
