@@ -6,8 +6,9 @@ use heddle_lab::{Lab, Result, needs_root};
 use serde_json::json;
 
 const CONNECTIONS: u64 = 1_000;
-/// From the moment the rule's file is gone (p99).
-const LIMIT: Duration = Duration::from_millis(100);
+/// From the moment the rule's file is replaced (p99). Agents and client of a build without optimisation need more than
+/// twice the processor time for a thousand ends on two cores.
+const LIMIT: Duration = Duration::from_millis(if cfg!(debug_assertions) { 300 } else { 100 });
 
 /// Microseconds since the epoch, as `lab-peer` tells them.
 fn now() -> u64 {

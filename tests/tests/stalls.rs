@@ -1,6 +1,8 @@
 //! Does a connection whose receiver stops reading hold up another one of the same pods?
 
-use heddle_lab::{Lab, Pod, Result, needs_root, reports::Churned};
+use std::time::Duration;
+
+use heddle_lab::{Lab, Pod, Result, needs_root, reports::Churned, until};
 
 /// What every other connection answers within (microseconds, p99); where this machine is so busy that it takes longer
 /// without any stalled connection, so many times what it takes then. A stall takes seconds.
@@ -8,7 +10,7 @@ const LIMIT: u64 = 5_000;
 const BUSY: u64 = 3;
 
 struct Stage {
-    _lab: Lab,
+    lab: Lab,
     client: Pod,
     server: Pod,
 }
@@ -19,24 +21,35 @@ fn stage() -> Result<Stage> {
     let client = lab.pod("shop", "client").start()?;
     let churned = client.churn(server.at(7000), 200, 4).run()?;
     assert_eq!(churned.failed, 0, "{churned:?}");
-    Ok(Stage { _lab: lab, client, server })
+    Ok(Stage { lab, client, server })
 }
 
 impl Stage {
-    /// New connections one after the other, and requests on one that was there before: there may be two looks at
+    /// New connections one after the other, and requests on one that was there before: there may be three looks at
     /// them, because this machine has other things to do as well.
     fn others(&self, old: heddle_lab::call::Running<Churned>) -> Result<(Churned, Churned)> {
         let new = self.client.pace(self.server.at(7000), 550, 3).run()?;
         Ok((old.finish()?, new))
     }
 
+    /// Until both agents rest: what is still being filled is not stalled.
+    fn wait_full(&self) -> Result {
+        let used = || Ok::<_, anyhow::Error>(self.lab.agent(1)?.usage()?.cpu + self.lab.agent(2)?.usage()?.cpu);
+        until(Duration::from_secs(3), "the agents to rest", || {
+            let before = used().ok()?;
+            std::thread::sleep(Duration::from_millis(200));
+            (used().ok()?.saturating_sub(before) < Duration::from_millis(100)).then_some(())
+        })
+    }
+
     fn go_on(&self, stalled: u64, what: &str, stuff: impl Fn() -> Result<heddle_lab::call::Holding>) -> Result {
         let mut last = String::new();
-        for _ in 0..2 {
+        for _ in 0..3 {
             let old = self.client.pace(self.server.at(7000), 50, 3).flag("--kept").start()?;
             let alone = self.others(old)?;
-            let old = self.client.pace(self.server.at(7000), 50, 8).flag("--kept").start()?;
+            let old = self.client.pace(self.server.at(7000), 50, 6).flag("--kept").start()?;
             let holding = stuff()?;
+            self.wait_full()?;
             let (old, new) = self.others(old)?;
             holding.close()?;
             last = format!(
