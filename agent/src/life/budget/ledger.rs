@@ -168,7 +168,7 @@ mod tests {
         assert_eq!(taken, 600);
         assert_eq!(ledger.take(hog, 1), Err(Short::Pod));
         for other in others {
-            assert_eq!((0..2_000).filter(|_| ledger.take(other, 1).is_ok()).count() >= 100, true);
+            assert!((0..2_000).filter(|_| ledger.take(other, 1).is_ok()).count() >= 100);
         }
         assert_eq!(ledger.used(), 970);
         assert_eq!(ledger.take(others[0], 1), Err(Short::Node));

@@ -144,7 +144,7 @@ async fn control_frame_floods_end_the_connection() {
 async fn a_continuation_flood_ends_the_connection() {
     let mut first = true;
     let ended = ends("continuation", || {
-        let head = std::mem::take(&mut first).then(|| frame(1, 0, 1, &[])).unwrap_or_default();
+        let head = if std::mem::take(&mut first) { frame(1, 0, 1, &[]) } else { Vec::new() };
         [head, frame(9, 0, 1, &[]).repeat(100)].concat()
     })
     .await;
