@@ -168,7 +168,6 @@ impl Metrics {
         self.traffic.fold(&(sources.live)(), now);
         let mut families = self.registry.gather();
         families.extend(more);
-        families.extend(self.traffic.families());
         let pods = (sources.pods)();
         families.extend(pressure::families(&sources.budget.pressure(), &pods));
         families.extend(pod_families(&pods));
@@ -218,7 +217,9 @@ impl Metrics {
             family(name, help, kind, vec![row])
         }));
         families.sort_by(|one, other| one.name().cmp(other.name()));
-        TextEncoder::new().encode_to_string(&families)
+        let mut text = TextEncoder::new().encode_to_string(&families)?;
+        self.traffic.write(&mut text)?;
+        Ok(text)
     }
 
     fn open_families(&self) -> impl Iterator<Item = MetricFamily> + use<> {

@@ -16,7 +16,10 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use prometheus::proto::{LabelPair, Metric, MetricFamily, MetricType};
+use prometheus::{
+    TextEncoder,
+    proto::{LabelPair, MetricType},
+};
 
 use super::{
     families::{counter, family, label},
@@ -32,6 +35,9 @@ pub(super) const NO_FLAGS: &str = "-";
 
 /// Live connections that are folded under one hold of the lock: a scrape must not keep the data plane waiting.
 const FOLD_CHUNK: usize = 512;
+
+/// Rows that are made into text at a time.
+const TEXT_CHUNK: usize = 256;
 
 /// The counters of all label sets.
 #[derive(Debug)]
@@ -192,22 +198,26 @@ impl Traffic {
         self.table().overflowed
     }
 
-    /// The five families. The lock is held for copying numbers only, not for making text.
-    pub fn families(&self) -> Vec<MetricFamily> {
-        let mut rows: [Vec<Metric>; 5] = Default::default();
-        let copy: Vec<(Arc<Labels>, _)> =
+    /// Appends the five families. The lock is held for copying numbers only, not for making text; and text is made of a few
+    /// rows at a time, as a row with its labels takes a hundred times the memory of what it was made from.
+    pub fn write(&self, text: &mut String) -> Result<(), prometheus::Error> {
+        let sets: Vec<(Arc<Labels>, _)> =
             self.table().sets.iter().map(|(labels, counts)| (Arc::clone(labels), counts.exposed())).collect();
         let names = if self.localities.is_some() { NAMES.len() } else { WITHOUT_LOCALITY };
-        for (labels, lines) in copy {
-            for (metric, flags, value) in lines {
-                rows[metric].push(counter(pairs(&labels, flags, names), value));
+        for (metric, (name, help)) in FAMILIES.into_iter().enumerate() {
+            let lines = sets.iter().flat_map(|(labels, lines)| lines.iter().map(move |line| (labels, line)));
+            let rows = lines.filter(|(_, line)| line.0 == metric);
+            let mut rows = rows.map(|(labels, (_, flags, value))| counter(pairs(labels, flags, names), *value));
+            let mut announced = false;
+            while let Some(family) = family(name, help, MetricType::COUNTER, rows.by_ref().take(TEXT_CHUNK).collect()) {
+                let encoded = TextEncoder::new().encode_to_string(&[family])?;
+                // The encoder announces the family each time, in two lines.
+                let body = encoded.splitn(3, '\n').nth(2).filter(|_| announced).unwrap_or(&encoded);
+                text.push_str(body);
+                announced = true;
             }
         }
-        FAMILIES
-            .into_iter()
-            .zip(rows)
-            .filter_map(|((name, help), rows)| family(name, help, MetricType::COUNTER, rows))
-            .collect()
+        Ok(())
     }
 }
 
