@@ -65,6 +65,35 @@ fn a_pair_in_the_mesh_is_proven_from_both_sides_across_nodes_and_on_one() -> Res
 }
 
 #[test]
+fn what_is_carried_is_listed_by_pod_with_its_session_and_policy() -> Result {
+    needs_root!();
+    let lab = Lab::two_nodes()?;
+    let server = lab.pod("shop", "server").on(2).serves(&["echo:7000"]).start()?;
+    let client = lab.pod("shop", "client").start()?;
+    lab.authorize("shop", "all", &json!({"rules": [{}]}))?;
+    let (held, first) = client.hold(server.at(7000), 2).open()?;
+    assert_eq!(first.alive, 2);
+    let mut ends = Vec::new();
+    for (node, pod, direction) in [(1, &client, "outbound"), (2, &server, "inbound")] {
+        let agent = lab.agent(node)?;
+        let line = until(Duration::from_secs(10), "two connections and their policy", || {
+            let (_, lines) = agent.ask_json(&["connections", "--pod", &pod.full_name()]).ok()?;
+            let lines = lines.as_array()?.clone();
+            let known = direction == "outbound" || lines.iter().all(|line| line["policy"] == "shop/all");
+            (lines.len() == 2 && known).then(|| lines[0].clone())
+        })?;
+        assert_eq!((&line["pod"], &line["direction"]), (&json!(pod.full_name()), &json!(direction)));
+        assert_eq!((&line["cipher"], &line["tls"]), (&json!("TLS13_AES_256_GCM_SHA384"), &json!("TLSv1_3")));
+        assert_eq!(line["own_serial"], serial(agent, pod)?);
+        ends.push((line["own_serial"].clone(), line["peer_serial"].clone()));
+        let (_, none) = agent.ask_json(&["connections", "--pod", "shop/nobody"])?;
+        assert_eq!(none, json!([]));
+    }
+    assert_eq!(ends[0], (ends[1].1.clone(), ends[1].0.clone()), "each side's own is the other's peer");
+    held.close()
+}
+
+#[test]
 fn what_is_not_proven_says_why_and_ends_otherwise() -> Result {
     needs_root!();
     let lab = Lab::two_nodes()?;
