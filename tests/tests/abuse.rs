@@ -458,7 +458,8 @@ fn a12_what_peers_make_up_makes_no_metrics() -> Result {
     let asked = stage.attacker.many(&pods, 7000, stage.lab.root()?, IDENTITIES).run()?;
     std::thread::sleep(Duration::from_millis(500));
     let series = scrape()?.0;
-    // The quickest of some: what the agent needs, not what the machine is busy with.
+    // The quickest of some: what the agent needs, not what the machine is busy with. Making text of 10,000 lines takes a
+    // build without optimisation many times as long.
     let mut quickest = Duration::MAX;
     for _ in 0..5 {
         quickest = quickest.min(scrape()?.1);
@@ -482,7 +483,7 @@ fn a12_what_peers_make_up_makes_no_metrics() -> Result {
     for made_up in ["made-up", "203.0.113", "service.version"] {
         assert!(!text.contains(made_up), "{made_up} in a metric");
     }
-    assert!(quickest <= Duration::from_millis(if cfg!(debug_assertions) { 300 } else { 100 }), "{quickest:?}");
+    assert!(quickest <= Duration::from_millis(if cfg!(debug_assertions) { 1_000 } else { 100 }), "{quickest:?}");
     assert!(grown <= 20 * MIB, "+{grown}");
     unharmed("the honest client", &stage.honest.churn(stage.neighbour.at(7000), 100, 4).run()?);
     Ok(())

@@ -40,6 +40,9 @@ fn well(churned: &Churned) {
 
 #[test]
 fn f1_a_handshake_hog_leaves_the_handshakes_of_others() -> Result {
+    // Of one pod, as in the agent's limits: handshakes at once, and per second.
+    const BURST: f64 = 400.0;
+    const RATE: f64 = 200.0;
     needs_root!();
     let lab = Lab::two_nodes()?;
     let hogged = lab.pod("hog", "hogged").on(2).serves(&["echo:7000"]).start()?;
@@ -61,12 +64,14 @@ fn f1_a_handshake_hog_leaves_the_handshakes_of_others() -> Result {
         let beside = shakes(&client, &server, &honest, 50, 3)?.finish()?;
         let hogging = hogging.finish()?;
         println!(
-            "F1 hog {} let in and {} not in {:.1} s; the other {} of {} let in, p99 {} µs beside {} alone ({:.2})",
+            "F1 hog {} let in and {} not in {:.1} s; the other {} of {} let in, p50 {} µs beside {} alone, p99 {} beside {} ({:.2})",
             hogging.ok,
             hogging.failed,
             hogging.seconds,
             beside.ok,
             beside.ok + beside.failed,
+            beside.p50_us,
+            alone.p50_us,
             beside.p99_us,
             alone.p99_us,
             ratio(beside.p99_us, alone.p99_us)
@@ -74,7 +79,13 @@ fn f1_a_handshake_hog_leaves_the_handshakes_of_others() -> Result {
         well(&alone);
         well(&beside);
         assert!(hogging.ok + hogging.failed > 2_000, "a hog: {hogging:?}");
-        Ok(within(beside.p99_us, alone.p99_us, 1.5))
+        // What the hog is let in with is bounded: its burst and its rate, and a tenth for the clocks of two processes.
+        #[expect(clippy::cast_precision_loss, reason = "some thousand")]
+        let (let_in, bound) = (hogging.ok as f64, 1.1 * (BURST + RATE * hogging.seconds));
+        assert!(let_in <= bound, "{let_in} of at most {bound} handshakes");
+        // Without optimisation the handshakes that it is entitled to take all the processor that two cores have: then the
+        // times say nothing of the agent.
+        Ok(cfg!(debug_assertions) || within(beside.p99_us, alone.p99_us, 1.5))
     })?;
     lab.agent(2)?.wait_access("its reason", |line| line.get("reason") == "handshake_budget").map(drop)
 }
@@ -117,7 +128,7 @@ fn f2_bulk_of_one_pod_leaves_requests_of_another() -> Result {
         well(&alone);
         well(&beside);
         assert!(moved.iter().all(|stream| stream.error.is_none() && stream.count > 0), "{moved:?}");
-        Ok(within(beside.p99_us, alone.p99_us, 2.0))
+        Ok(ratio(beside.p50_us, alone.p50_us) <= 2.0 && within(beside.p99_us, alone.p99_us, 2.0))
     })
 }
 

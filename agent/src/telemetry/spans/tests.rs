@@ -9,10 +9,13 @@ use super::{
 use crate::policy::Denial;
 
 /// Keeps what it is given, with the resource it is given it under; or refuses; or never answers.
+/// What was exported, batch by batch.
+type Taken = Vec<(Resource, Vec<SpanData>)>;
+
 #[derive(Debug, Clone, Default)]
 struct Kept {
     resource: Option<Resource>,
-    taken: Arc<Mutex<Vec<(Resource, Vec<SpanData>)>>>,
+    taken: Arc<Mutex<Taken>>,
     stuck: bool,
     refuses: bool,
 }

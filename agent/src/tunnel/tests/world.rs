@@ -203,13 +203,15 @@ pub struct Told {
     pub opened: bool,
 }
 
+/// A tunnel's TCP connection at its end: bytes sent and received, and TCP's last word.
+pub type Ended = ((u64, u64), Option<TcpHealth>);
+
 #[derive(Debug, Default)]
 pub struct Record {
     pub told: Mutex<Vec<Told>>,
     pub opened: Mutex<u64>,
     pub handshakes: Mutex<Vec<(Direction, Result<(), &'static str>)>>,
-    /// Ended tunnels' TCP connections: bytes sent and received, and TCP's last word.
-    pub wires: Mutex<Vec<((u64, u64), Option<TcpHealth>)>>,
+    pub wires: Mutex<Vec<Ended>>,
 }
 
 impl Observer for Record {
