@@ -54,7 +54,8 @@ fn a_pair_in_the_mesh_is_proven_from_both_sides_across_nodes_and_on_one() -> Res
         assert_eq!((&theirs["node"], &theirs["pod"]), (&json!(format!("node{node}")), &json!(server.full_name())));
         assert_eq!((&theirs["decision"], &theirs["delivered"]), (&json!("allowed"), &json!(true)));
         for programs in [&report["from"]["programs"], &theirs["programs"]] {
-            assert_eq!(names(programs), ["lookup", "connect4", "connect6"], "{report:#}");
+            let names = names(programs);
+            assert!(["lookup", "connect4", "connect6"].iter().all(|name| names.contains(name)), "{report:#}");
         }
         assert_eq!((&report["bytes"]["to_app"], &report["bytes"]["to_client"]), (&json!(5), &json!(5)));
         assert!(report["bytes"]["tunnel_sent"].as_u64() > Some(5), "{report:#}");
