@@ -45,6 +45,10 @@ enum Verb {
     /// Show the certificates that this node's agent holds.
     Certs(ask::Ask),
     /// Show by a connection how a pair of pods is protected.
+    ///
+    /// Connects from pod A to pod B as A's app would, and shows what the agents of both saw of that connection. Ask the agent
+    /// of A's node. Ends with status 0 when the connection was authenticated, encrypted, allowed and accepted by the app, 1
+    /// when it was not, and 2 when that could not be found out.
     Proof(proof::Args),
     /// Check policies before they are applied, and explain decisions.
     #[command(subcommand)]

@@ -19,11 +19,6 @@ const MORE: Duration = Duration::from_secs(5);
 /// When it could not be found out.
 const UNKNOWN: u8 = 2;
 
-/// Connects from pod A to pod B as A's app would, and shows what the agents of both saw of that connection. Ask the agent of
-/// A's node.
-///
-/// Ends with status 0 when the connection was authenticated, encrypted, allowed and accepted by the app, 1 when it was not,
-/// and 2 when that could not be found out.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The pod to connect from: NAMESPACE/POD.

@@ -17,7 +17,6 @@ use crate::{
 /// When the question names nothing that is known, or nobody can be asked.
 const UNKNOWN: u8 = 2;
 
-/// Ends with status 0 when the connection would be allowed, 1 when it would be denied, and 2 when nobody can say.
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
     /// Who connects: NAMESPACE/SERVICEACCOUNT, a SPIFFE id, or none for plaintext.

@@ -20,7 +20,6 @@ use crate::{
     policy::Rulebook,
 };
 
-/// Ends with status 0 when everything is enforced as written, 1 when something is not, and 2 when something can't be read.
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
     /// Manifest files, directories of them (as the agent reads them, without those below), or - for stdin.
