@@ -113,7 +113,7 @@ pub fn status(mut block: &[u8]) -> Option<u16> {
     let (length, rest) = rest.split_first()?;
     let value = rest.get(..usize::from(length & 0x7f))?;
     let digits = if length & 0x80 == 0 { String::from_utf8_lossy(value).into_owned() } else { huffman_digits(value) };
-    digits.parse().ok()
+    digits.parse().ok().filter(|status| (100..1_000).contains(status))
 }
 
 /// Digits of RFC 7541's Huffman code (appendix B): 0 to 2 have five bits, 3 to 9 six.

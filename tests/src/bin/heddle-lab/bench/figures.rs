@@ -152,7 +152,7 @@ mod tests {
             record.add(Place::CrossNode, Way::Mesh, agents, true);
         }
         let lines = record.lines(&Choice::new(&[]), &rows::all());
-        let [connect, cpu] = lines.as_slice() else { panic!("{lines:?}") };
+        let [cpu, connect] = lines.as_slice() else { panic!("{lines:?}") };
         assert_eq!((connect.none, connect.mesh, connect.ratio), (Some(10.0), 5.0, Some(0.5)));
         assert_eq!((connect.cost(), connect.quiet), (Some(2.0), false));
         assert_eq!((cpu.none, cpu.mesh, cpu.ratio, cpu.quiet), (None, 1.0, None, true));
