@@ -47,7 +47,7 @@ impl Stage {
         for _ in 0..3 {
             let old = self.client.pace(self.server.at(7000), 50, 3).flag("--kept").start()?;
             let alone = self.others(old)?;
-            let old = self.client.pace(self.server.at(7000), 50, 6).flag("--kept").start()?;
+            let old = self.client.pace(self.server.at(7000), 50, 3).flag("--kept").with("--after", 4).start()?;
             let holding = stuff()?;
             self.wait_full()?;
             let (old, new) = self.others(old)?;

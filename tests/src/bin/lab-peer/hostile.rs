@@ -71,6 +71,9 @@ pub enum Verb {
         kept: bool,
         #[arg(long, default_value_t = 1)]
         bytes: usize,
+        /// Seconds from connecting to the first request.
+        #[arg(long, default_value_t = 0)]
+        after: u64,
     },
     /// Connections that tell when they were ended.
     Outlive {
@@ -169,8 +172,9 @@ pub async fn run(verb: Verb) -> anyhow::Result<()> {
             tell(&ask::ask(to, cert.zip(key).as_ref(), &field, &say, http1.as_deref()).await?)
         }
         Verb::Silent { dial, count, seconds } => silent::silent(&dial, count, Duration::from_secs(seconds)).await,
-        Verb::Pace { dial, rate, seconds, kept, bytes } => {
-            tell(&pace::pace(&dial, rate, Duration::from_secs(seconds), kept, bytes).await?)
+        Verb::Pace { dial, rate, seconds, kept, bytes, after } => {
+            let after = Duration::from_secs(after);
+            tell(&pace::pace(&dial, rate, Duration::from_secs(seconds), kept, bytes, after).await?)
         }
         Verb::Outlive { dial, count, seconds } => outlive::outlive(&dial, count, Duration::from_secs(seconds)).await,
         Verb::Stuff { dial, count, ask } => stuff::stuff(&dial, count, ask.as_deref()).await,

@@ -10,7 +10,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     task::JoinSet,
-    time::{interval, timeout},
+    time::{interval, sleep, timeout},
 };
 
 use crate::{
@@ -19,8 +19,17 @@ use crate::{
 };
 
 /// A request and its echo of `bytes` bytes, `rate` times a second for `time`: each on a connection of its own, or all on
-/// one that is kept. Without a rate a kept or new connection after the other, as fast as they go.
-pub async fn pace(dial: &Dial, rate: u64, time: Duration, kept: bool, bytes: usize) -> anyhow::Result<Churned> {
+/// one that is kept, which is opened `after` before it is used. Without a rate a kept or new connection after the other, as fast as they go.
+pub async fn pace(
+    dial: &Dial,
+    rate: u64,
+    time: Duration,
+    kept: bool,
+    bytes: usize,
+    after: Duration,
+) -> anyhow::Result<Churned> {
+    let mut stream = if kept { Some(dial.connect().await?) } else { None };
+    sleep(after).await;
     let start = Instant::now();
     let mut report = Churned::default();
     let mut times = Vec::new();
@@ -35,7 +44,6 @@ pub async fn pace(dial: &Dial, rate: u64, time: Duration, kept: bool, bytes: usi
         }
     };
     let mut ticks = (rate > 0).then(|| interval(Duration::from_secs(1) / u32::try_from(rate).unwrap_or(u32::MAX)));
-    let mut stream = if kept { Some(dial.connect().await?) } else { None };
     let mut asking = JoinSet::new();
     while start.elapsed() < time {
         if let Some(ticks) = &mut ticks {
