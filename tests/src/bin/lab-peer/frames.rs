@@ -147,7 +147,8 @@ mod tests {
         assert_eq!(status(&[0x48, 3, b'4', b'0', b'1']), Some(401));
         // 401 by Huffman: 011010 00000 00001, filled with ones.
         assert_eq!(status(&[0x48, 0x82, 0b0110_1000, 0b0000_0001]), Some(401));
-        assert_eq!(status(&[0x48, 0x82, 0b0110_1101, 0b1010_0000, 0b0000_0111]), None);
+        assert_eq!(status(&[0x48, 3, b'4']), None);
+        assert_eq!(status(&[0x10, 1, b'x', 1, b'y']), None);
         assert_eq!(status(&[]), None);
     }
 }
