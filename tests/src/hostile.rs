@@ -86,6 +86,8 @@ pub struct Fates {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stuffed {
     pub connections: u64,
+    /// Those that were reset while they were filled.
+    pub reset: u64,
     pub bytes: u64,
 }
 

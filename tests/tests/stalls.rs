@@ -74,8 +74,9 @@ fn connections_whose_server_stops_reading_hold_up_no_other() -> Result {
     for count in [4, 16, 64] {
         stage.go_on(count, "not read by the server", || {
             let (holding, stuffed) = stage.client.stuff(stage.server.at(7001), count).open()?;
-            assert_eq!(stuffed.connections, count);
-            assert!(stuffed.bytes > 0, "{stuffed:?}");
+            // With less than a window's room for each of them a pod's budget resets some: the others are stalled.
+            assert_eq!(stuffed.connections + stuffed.reset, count);
+            assert!(stuffed.bytes > 0 && stuffed.connections >= count / 2, "{stuffed:?}");
             Ok(holding)
         })?;
     }

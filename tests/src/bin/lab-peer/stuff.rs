@@ -11,7 +11,10 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{dial::Dial, tell};
+use crate::{
+    dial::{Dial, kind},
+    tell,
+};
 
 /// A connection that took nothing for this long is full.
 const FULL: Duration = Duration::from_millis(500);
@@ -36,9 +39,15 @@ pub async fn stuff(dial: &Dial, count: u64, ask: Option<&str>) -> anyhow::Result
     }
     let (mut streams, mut report) = (Vec::new(), Stuffed::default());
     while let Some(stuffed) = stuffing.join_next().await {
-        let (stream, bytes) = stuffed??;
-        streams.push(stream);
-        report.bytes += bytes;
+        match stuffed? {
+            Ok((stream, bytes)) => {
+                streams.push(stream);
+                report.bytes += bytes;
+            }
+            // One whose bytes would take more room than there is may be reset.
+            Err(error) if kind(&error) == "reset" => report.reset += 1,
+            Err(error) => return Err(error.into()),
+        }
     }
     report.connections = streams.len() as u64;
     tell(&report)?;
