@@ -28,7 +28,7 @@ impl Stage {
     /// New connections one after the other, and requests on one that was there before: there may be three looks at
     /// them, because this machine has other things to do as well.
     fn others(&self, old: heddle_lab::call::Running<Churned>) -> Result<(Churned, Churned)> {
-        let new = self.client.pace(self.server.at(7000), 550, 3).run()?;
+        let new = self.client.pace(self.server.at(7000), 50, 3).run()?;
         Ok((old.finish()?, new))
     }
 
