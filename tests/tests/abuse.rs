@@ -292,6 +292,8 @@ fn a8_only_the_pods_own_app_can_be_asked_for() -> Result {
     let agent = stage.lab.agent(2)?;
     let (opened, mut lines) = (agent.opened(&[])?, agent.access_log().len());
     for Row { fields, reason } in &rows {
+        // The log tells of ten refusals a second.
+        std::thread::sleep(Duration::from_millis(110));
         let met = stage.asks(fields)?;
         assert_eq!((met.status, met.received.as_str()), (Some(400), ""), "{fields:?}: {met:?}");
         let line = until(Duration::from_secs(5), "a line of the access log", || {

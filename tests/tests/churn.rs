@@ -5,7 +5,7 @@ use std::time::Duration;
 use heddle_lab::{Lab, Pod, Result, needs_root, until, usage::Usage};
 
 /// Connections that come and go, all kinds together.
-const CONNECTIONS: u64 = 40_000;
+const CONNECTIONS: u64 = 24_000;
 
 /// Everything that could leak, on one node.
 #[derive(Debug, Clone, PartialEq, Eq)]
