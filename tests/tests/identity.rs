@@ -136,34 +136,6 @@ fn an_identity_that_policy_denies_gets_401_and_no_byte_through() -> Result {
 }
 
 #[test]
-fn only_connect_to_the_pod_itself_is_answered() -> Result {
-    needs_root!();
-    let stage = stage()?;
-    let leaf = stage.lab.root()?.sign(stage.lab.dir(), "good", &Wanted::valid(&[CLIENT]))?;
-    let ask = |authority: &str, method: &str| {
-        stage
-            .adversary
-            .speak_hbone(stage.server.at(15008), authority)
-            .say("x")
-            .with("--method", method)
-            .with("--cert", leaf.certificate.display())
-            .with("--key", leaf.key.display())
-            .run()
-    };
-    assert_eq!(ask(&stage.server.at(7000).to_string(), "CONNECT")?.status, Some(200));
-    let elsewhere = [format!("{}:7000", stage.adversary.v4()), "10.96.0.1:443".to_owned(), "nonsense".to_owned()];
-    for authority in elsewhere {
-        let met = ask(&authority, "CONNECT")?;
-        assert!(met.status != Some(200) && met.received.is_empty(), "{authority}: {met:?}");
-    }
-    for port in [15001, 15006, 15008] {
-        let met = ask(&stage.server.at(port).to_string(), "CONNECT")?;
-        assert!(met.status.is_some_and(|status| status != 200), "{port}: {met:?}");
-    }
-    Ok(())
-}
-
-#[test]
 fn a_server_with_the_identity_of_another_is_refused_by_the_client() -> Result {
     needs_root!();
     // Node 2 has no agent: what answers at the server's 15008 is the adversary.

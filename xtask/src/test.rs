@@ -21,6 +21,19 @@ pub struct Options {
     /// Only lab tests whose name (file::claim) contains this
     #[arg(long)]
     pub lab: Option<String>,
+    /// The binaries and lab tests as they are shipped, with the figures of each: promises of time are held to them
+    #[arg(long, requires = "lab")]
+    pub release: bool,
+}
+
+/// Lab tests that load the machine: one at a time, as `.config/nextest.toml` has it.
+const ALONE: [&str; 6] = ["abuse::", "churn::", "fairness::", "load::", "revocation::", "stalls::"];
+
+impl Options {
+    /// Cargo's arguments, and the folder of its output.
+    fn profile(&self) -> (&'static [&'static str], &'static str) {
+        if self.release { (&["--release"], "release") } else { (&[], "debug") }
+    }
 }
 
 pub fn run(options: &Options) -> Result<ExitCode> {
@@ -28,7 +41,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let mut tally = Tally::default();
     setup::run()?;
     title("build");
-    let built = show(cargo(["build"]).args(PACKAGES))?;
+    let built = show(cargo(["build"]).args(PACKAGES).args(options.profile().0))?;
     ensure!(built.success(), "the build failed");
     if options.lab.is_none() {
         checks(&mut tally)?;
@@ -36,9 +49,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         fuzzing(&mut tally)?;
     }
     if !interrupted() {
-        lab_tests(&mut tally, options.lab.as_deref())?;
+        lab_tests(&mut tally, options)?;
     }
-    leave_nothing(&mut tally)?;
+    leave_nothing(&mut tally, options)?;
     println!();
     if interrupted() {
         tally.check("the run was interrupted", false);
@@ -117,8 +130,9 @@ fn fuzzing(tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
-fn lab_tests(tally: &mut Tally, only: Option<&str>) -> Result<()> {
+fn lab_tests(tally: &mut Tally, options: &Options) -> Result<()> {
     title("the lab");
+    let (only, (profile, _)) = (options.lab.as_deref(), options.profile());
     let skips = target().join("lab-skips.txt");
     // Notes of an earlier run are not ours; there may be none.
     let _ = fs::remove_file(&skips);
@@ -134,16 +148,25 @@ fn lab_tests(tally: &mut Tally, only: Option<&str>) -> Result<()> {
         if let Some(only) = only {
             filter.push_str(&format!(" & test({only})"));
         }
-        run(cargo(["nextest", "run", "--no-fail-fast", "-E", &filter]).args(PACKAGES), tally)?;
+        let mut command = cargo(["nextest", "run", "--no-fail-fast", "--test", "lab", "-E", &filter]);
+        if options.release {
+            command.args(["--success-output", "immediate"]);
+        }
+        run(command.args(PACKAGES).args(profile), tally)?;
     } else {
         let name = only.unwrap_or_default();
         let mut harness = |args: &[&str]| {
-            run(cargo(["test", "--no-fail-fast", "--test", "lab"]).args(PACKAGES).arg("--").args(args), tally)
+            let mut command = cargo(["test", "--no-fail-fast", "--test", "lab"]);
+            run(command.args(PACKAGES).args(profile).arg("--").args(args), tally)
         };
-        harness(&[name, "--test-threads=2", "--skip", "load::"])?;
-        // These load the machine: one at a time.
-        if only.is_none_or(|only| "load::".contains(only)) {
-            harness(&["load::", "--test-threads=1"])?;
+        let skipped = ALONE.iter().flat_map(|module| ["--skip", module]);
+        harness(&[name, "--test-threads=2"].into_iter().chain(skipped).collect::<Vec<_>>())?;
+        for module in ALONE {
+            // A harness takes one filter: a test of this module by its name, or all of the module.
+            let filter = if name.starts_with(module) { name } else { module };
+            if only.is_none_or(|only| filter.contains(only)) {
+                harness(&[filter, "--test-threads=1"])?;
+            }
         }
     }
     settle(tally, before, good, "lab tests");
@@ -160,12 +183,12 @@ fn settle(tally: &mut Tally, before: u64, good: bool, name: &str) {
 }
 
 /// Takes away what killed tests left, and fails for what is there then: a lab removes itself.
-fn leave_nothing(tally: &mut Tally) -> Result<()> {
+fn leave_nothing(tally: &mut Tally, options: &Options) -> Result<()> {
     if !is_root() {
         return Ok(());
     }
     title("left behind");
-    let broom = target().join("debug/heddle-lab");
+    let broom = target().join(options.profile().1).join("heddle-lab");
     let swept = Command::new(&broom).arg("sweep").output().context("running heddle-lab sweep")?;
     print!("{}", String::from_utf8_lossy(&swept.stdout));
     // Only labs of processes that were killed are left to be swept: after an interrupt that is in order.

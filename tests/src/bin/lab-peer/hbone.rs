@@ -20,15 +20,9 @@ use crate::{tell, tls};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-pub async fn client(
-    to: SocketAddr,
-    authority: &str,
-    pair: Option<(PathBuf, PathBuf)>,
-    method: &str,
-    say: &str,
-) -> Tunnelled {
+pub async fn client(to: SocketAddr, authority: &str, pair: Option<(PathBuf, PathBuf)>, say: &str) -> Tunnelled {
     let mut report = Tunnelled::default();
-    let met = timeout(PATIENCE, tunnel(to, authority, pair, method, say, &mut report)).await;
+    let met = timeout(PATIENCE, tunnel(to, authority, pair, say, &mut report)).await;
     report.error = match met {
         Ok(Ok(())) => None,
         Ok(Err(error)) => Some(format!("{error:#}")),
@@ -41,7 +35,6 @@ async fn tunnel(
     to: SocketAddr,
     authority: &str,
     pair: Option<(PathBuf, PathBuf)>,
-    method: &str,
     say: &str,
     report: &mut Tunnelled,
 ) -> Result<()> {
@@ -53,7 +46,7 @@ async fn tunnel(
     let driver = tokio::spawn(connection);
     let asked = async {
         let mut h2 = h2.ready().await.context("HTTP/2 settings")?;
-        let request = http::Request::builder().method(method).uri(authority).body(())?;
+        let request = http::Request::builder().method(http::Method::CONNECT).uri(authority).body(())?;
         let (response, mut body) = h2.send_request(request, false).context("request")?;
         let response = response.await.context("response")?;
         report.status = Some(response.status().as_u16());

@@ -141,9 +141,6 @@ enum Verb {
         cert: Option<std::path::PathBuf>,
         #[arg(long)]
         key: Option<std::path::PathBuf>,
-        /// Method of the request.
-        #[arg(long, default_value = "CONNECT")]
-        method: String,
         #[arg(long, default_value = "")]
         say: String,
     },
@@ -196,8 +193,8 @@ async fn run(verb: Verb) -> anyhow::Result<()> {
             tell(&spawn_blocking(move || storm::run(&dial, concurrent, time)).await?)
         }
         Verb::Paced { dial, pace } => tell(&spawn_blocking(move || paced::run(&dial, pace)).await??),
-        Verb::Hbone { to, authority, cert, key, method, say } => {
-            tell(&hbone::client(to, &authority, cert.zip(key), &method, &say).await)
+        Verb::Hbone { to, authority, cert, key, say } => {
+            tell(&hbone::client(to, &authority, cert.zip(key), &say).await)
         }
         Verb::HboneServer { port, cert, key } => hbone::server(port, &cert, &key).await,
         Verb::Hostile(verb) => hostile::run(verb).await,
