@@ -3,6 +3,7 @@
 mod abuse;
 mod budgets;
 mod carry;
+mod deadlines;
 mod world;
 
 use std::{

@@ -21,7 +21,7 @@ use crate::{
     tunnel::{Direction, End},
 };
 
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let mut bytes = u32::try_from(payload.len()).unwrap().to_be_bytes()[1..].to_vec();
     bytes.extend([kind, flags]);
     bytes.extend(stream.to_be_bytes());
@@ -30,7 +30,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 /// `:method: CONNECT`, `:authority: AUTHORITY`, as literals without indexing (RFC 7541 §6.2.2).
-fn connect(stream: u32, authority: &str) -> Vec<u8> {
+pub fn connect(stream: u32, authority: &str) -> Vec<u8> {
     let mut block = vec![0x02, 7];
     block.extend(b"CONNECT");
     block.extend([0x01, u8::try_from(authority.len()).unwrap()]);
@@ -39,7 +39,7 @@ fn connect(stream: u32, authority: &str) -> Vec<u8> {
 }
 
 /// A TLS connection to `b` on which the preface and empty settings were sent.
-async fn raw(world: &World) -> TlsStream<TcpStream> {
+pub async fn raw(world: &World) -> TlsStream<TcpStream> {
     let tcp = world.client_to((world.b.address, 15_008).into()).await;
     let name = ServerName::from(world.b.address);
     let mut tls = TlsConnector::from(world.a.pod.edge.tls()).connect(name, tcp).await.unwrap();
@@ -97,7 +97,7 @@ fn goaway(mut bytes: &[u8]) -> Option<u32> {
 
 const ENHANCE_YOUR_CALM: u32 = 0xb;
 
-fn reasons(told: &[Told]) -> Vec<&'static str> {
+pub fn reasons(told: &[Told]) -> Vec<&'static str> {
     told.iter().map(|told| if let End::Failed { reason, .. } = &told.end { reason } else { "complete" }).collect()
 }
 

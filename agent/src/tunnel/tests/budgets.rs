@@ -15,17 +15,14 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use super::{
+    abuse::reasons,
     carry::{by_hand, echo, ping},
-    world::{PANICS, PORT, Told, World},
+    world::{PANICS, PORT, World},
 };
 use crate::{
     life::{budget::Machine, limits},
-    tunnel::{End, Quiet},
+    tunnel::Quiet,
 };
-
-fn reasons(told: &[Told]) -> Vec<&'static str> {
-    told.iter().map(|told| if let End::Failed { reason, .. } = &told.end { reason } else { "complete" }).collect()
-}
 
 fn told(world: &World) -> Vec<&'static str> {
     reasons(&world.b.observer.told.lock().unwrap())

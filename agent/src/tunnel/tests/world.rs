@@ -42,6 +42,8 @@ use crate::{
 pub const PORT: u16 = 8_080;
 /// Delivery to this port panics.
 pub const PANICS: u16 = 6_666;
+/// Delivery to this port never comes to an end.
+pub const HANGS: u16 = 6_667;
 const APP: u16 = 10_000;
 
 /// Two middle octets of loopback addresses that no other test uses, in this process or in one of its own beside it:
@@ -152,6 +154,9 @@ impl Edge for Loopback {
 
     async fn deliver(&self, uid: &str, client: IpAddr, app: SocketAddr) -> Result<TcpStream, CaptureError> {
         assert_ne!(app.port(), PANICS, "what a defect would do");
+        if app.port() == HANGS {
+            return std::future::pending().await;
+        }
         self.delivered_for.lock().unwrap().push((client, app));
         let app = SocketAddr::new(app.ip(), app.port() + APP);
         dial(client, app).await.map_err(|_| CaptureError::NotAttached(uid.into()))
