@@ -98,8 +98,11 @@ fn both_sides_of_a_connection_are_spans_of_one_trace_to_an_independent_receiver(
     }
 
     for node in [1, 2] {
-        let scrape = lab.agent(node)?.metrics()?;
-        assert!(scrape.sum("heddle_spans_exported_total", &[]) >= 2.0);
+        // Counted when the collector has answered, which is after it told of them.
+        let scrape = until(wait, "both spans to be counted", || {
+            let scrape = lab.agent(node).ok()?.metrics().ok()?;
+            (scrape.sum("heddle_spans_exported_total", &[]) >= 2.0).then_some(scrape)
+        })?;
         assert_eq!(scrape.sum("heddle_spans_dropped_total", &[]), 0.0);
     }
     Ok(())
