@@ -69,14 +69,8 @@ pub struct Churned {
 /// Short connections for a time, as fast as they go.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Storm {
-    pub ok: u64,
-    pub failed: u64,
-    /// Failures by kind, as in [`Connected::error`].
-    pub errors: BTreeMap<String, u64>,
-    pub seconds: f64,
-    /// Connect, byte there, byte back (microseconds).
-    pub p50_us: u64,
-    pub p99_us: u64,
+    #[serde(flatten)]
+    pub churned: Churned,
     /// Connections that ended in each second.
     pub per_second: Vec<u64>,
 }

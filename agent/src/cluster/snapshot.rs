@@ -170,6 +170,29 @@ pub struct Workload {
     pub place: Option<Place>,
 }
 
+#[cfg(test)]
+impl Workload {
+    /// A ready, enrolled pod that is its own workload and service account, for tests.
+    pub fn named(namespace: &str, name: &str) -> Self {
+        Self {
+            uid: format!("uid-{name}").into(),
+            name: name.into(),
+            namespace: namespace.into(),
+            service_account: name.into(),
+            node: "node-1".into(),
+            addresses: Vec::new(),
+            labels: BTreeMap::new(),
+            enrolled: true,
+            host_network: false,
+            ready: true,
+            terminating: false,
+            when_unattended: Unattended::Closed,
+            naming: Naming::default(),
+            place: None,
+        }
+    }
+}
+
 /// What the kernel does with new connections of a pod while no agent serves it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Unattended {

@@ -1,7 +1,7 @@
 //! What must hold of metrics and access log.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     io::Write,
     sync::{
         Arc, Mutex, OnceLock,
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     capture::{PodState, TcpHealth},
-    cluster::{Locality, Naming, PolicyKind, Service, Unattended, Workload},
+    cluster::{Locality, Naming, PolicyKind, Service, Workload},
     identity::CertificateStatus,
     life::budget::{Budget, Machine, Refusal},
     policy::{Action, Denial, Effect, Rehearsal},
@@ -29,18 +29,7 @@ use crate::{
 
 pub(super) fn workload(name: &str) -> Arc<Workload> {
     Arc::new(Workload {
-        uid: format!("uid-{name}").into(),
         name: format!("{name}-0").into(),
-        namespace: "shop".into(),
-        service_account: name.into(),
-        node: "node-1".into(),
-        addresses: vec![],
-        labels: BTreeMap::new(),
-        enrolled: true,
-        host_network: false,
-        ready: true,
-        terminating: false,
-        when_unattended: Unattended::Closed,
         naming: Naming {
             workload: name.into(),
             workload_kind: "deployment",
@@ -49,7 +38,7 @@ pub(super) fn workload(name: &str) -> Arc<Workload> {
             app: name.into(),
             version: "".into(),
         },
-        place: None,
+        ..Workload::named("shop", name)
     })
 }
 

@@ -60,6 +60,27 @@ pub struct Flow {
     pub session: Option<Arc<Session>>,
 }
 
+impl Flow {
+    /// A connection of which only the addresses are known yet.
+    #[must_use]
+    pub fn new(direction: Direction, source: SocketAddr, destination: SocketAddr) -> Self {
+        Self {
+            direction,
+            security: Security::None,
+            source,
+            destination,
+            hbone_target: None,
+            source_workload: None,
+            source_principal: None,
+            destination_workload: None,
+            destination_principal: None,
+            destination_service: None,
+            trace: None,
+            session: None,
+        }
+    }
+}
+
 /// How a connection ended.
 #[derive(Debug, Clone)]
 pub enum End {

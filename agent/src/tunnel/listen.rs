@@ -17,13 +17,14 @@ use tokio::{
 };
 
 use super::{
-    Direction, End, Flow, Security, answer,
+    Direction, End, Flow, answer,
     classify::{Arrival, canonical, classify},
     edge::Edge,
     offer,
     pod::{Pod, workload_at},
     relay,
 };
+use crate::cluster::Workload;
 use crate::life::{
     budget::{Arriving, Held},
     limits,
@@ -104,7 +105,7 @@ fn take<E: Edge>(pod: &Arc<Pod<E>>, tcp: TcpStream, peer: SocketAddr, trouble: &
         Ok(admitted) => admitted,
         Err(refusal) => {
             trouble.log(pod, || format!("connection from {peer} to {local} reset: {refusal}"));
-            let flow = unadmitted(arrival, local, peer);
+            let flow = unadmitted(arrival, local, peer, record);
             let detail = refusal.to_string();
             pod.failed(&flow, &End::Failed { reason: refusal.reason(), response_flags: "-", detail });
             return relay::reset(tcp);
@@ -145,22 +146,11 @@ async fn answer_probe(mut tcp: TcpStream, token: [u8; 16]) -> io::Result<()> {
     tcp.shutdown().await
 }
 
-/// The little that is told of a connection that was not let in.
-fn unadmitted(arrival: Arrival, local: SocketAddr, peer: SocketAddr) -> Flow {
-    let outbound = matches!(arrival, Arrival::Outbound { .. });
-    Flow {
-        direction: if outbound { Direction::Outbound } else { Direction::Inbound },
-        security: Security::None,
-        source: peer,
-        destination: local,
-        hbone_target: None,
-        source_workload: None,
-        source_principal: None,
-        destination_workload: None,
-        destination_principal: None,
-        destination_service: None,
-        trace: None,
-        session: None,
+/// What is told of a connection that was not let in: the pod, and the addresses.
+fn unadmitted(arrival: Arrival, local: SocketAddr, peer: SocketAddr, pod: Arc<Workload>) -> Flow {
+    match arrival {
+        Arrival::Outbound { .. } => Flow { source_workload: Some(pod), ..Flow::new(Direction::Outbound, peer, local) },
+        _ => Flow { destination_workload: Some(pod), ..Flow::new(Direction::Inbound, peer, local) },
     }
 }
 

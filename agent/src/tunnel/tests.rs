@@ -6,29 +6,15 @@ mod carry;
 mod deadlines;
 mod world;
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    sync::Arc,
-};
+use std::{collections::HashMap, sync::Arc};
 
-use crate::cluster::{Naming, Service, Snapshot, Unattended, Workload};
+use crate::cluster::{Service, Snapshot, Workload};
 
 pub(super) fn workload(name: &str, addresses: &[&str], enrolled: bool) -> Arc<Workload> {
     Arc::new(Workload {
-        uid: format!("uid-{name}").into(),
-        name: name.into(),
-        namespace: "default".into(),
-        service_account: name.into(),
-        node: "n".into(),
         addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
-        labels: BTreeMap::new(),
         enrolled,
-        host_network: false,
-        ready: true,
-        terminating: false,
-        when_unattended: Unattended::Closed,
-        naming: Naming::default(),
-        place: None,
+        ..Workload::named("default", name)
     })
 }
 

@@ -19,19 +19,8 @@ const SERVER: &str = "spiffe://cluster.local/ns/shop/sa/b";
 fn workload(name: &str, addresses: &[&str]) -> Arc<Workload> {
     Arc::new(Workload {
         uid: name.into(),
-        name: name.into(),
-        namespace: "shop".into(),
-        service_account: name.into(),
-        node: "node-1".into(),
         addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
-        labels: std::collections::BTreeMap::new(),
-        enrolled: true,
-        host_network: false,
-        ready: true,
-        terminating: false,
-        when_unattended: crate::cluster::Unattended::Closed,
-        naming: crate::cluster::Naming::default(),
-        place: None,
+        ..Workload::named("shop", name)
     })
 }
 

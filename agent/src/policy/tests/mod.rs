@@ -22,19 +22,9 @@ pub const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
 pub fn workload(namespace: &str, app: &str) -> Arc<Workload> {
     Arc::new(Workload {
         uid: format!("uid-{namespace}-{app}").into(),
-        name: app.into(),
-        namespace: namespace.into(),
-        service_account: app.into(),
-        node: "node-1".into(),
         addresses: vec!["10.0.0.9".parse().unwrap()],
         labels: [("app".to_owned(), app.to_owned())].into(),
-        enrolled: true,
-        host_network: false,
-        ready: true,
-        terminating: false,
-        when_unattended: crate::cluster::Unattended::Closed,
-        naming: crate::cluster::Naming::default(),
-        place: None,
+        ..Workload::named(namespace, app)
     })
 }
 

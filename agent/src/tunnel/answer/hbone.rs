@@ -126,18 +126,9 @@ fn too_late() -> AnswerError {
 fn tell<E: Edge>(pod: &Pod<E>, client: SocketAddr, local: SocketAddr, error: &AnswerError) {
     let snapshot = pod.shared.cluster.load();
     let flow = Flow {
-        direction: Direction::Inbound,
-        security: Security::None,
-        source: client,
-        destination: local,
-        hbone_target: None,
         source_workload: workload_at(&snapshot, client.ip()).cloned(),
-        source_principal: None,
         destination_workload: Some(pod.record(&snapshot)),
-        destination_principal: None,
-        destination_service: None,
-        trace: None,
-        session: None,
+        ..Flow::new(Direction::Inbound, client, local)
     };
     pod.failed(&flow, &failed(error));
 }
@@ -290,11 +281,7 @@ async fn stream<E: Edge>(
     let joined = header("traceparent").and_then(Trace::join);
     let trace = joined.unwrap_or_else(|| Trace::begin(pod.shared.observer.sample()));
     let mut flow = Flow {
-        direction: Direction::Inbound,
         security: Security::MutualTls,
-        source: peer.client,
-        destination: peer.local,
-        hbone_target: None,
         // An address is a workload only if TLS says so too: addresses are used again.
         source_workload: workload_at(&snapshot, peer.client.ip())
             .filter(|workload| pod.identity(workload).is_ok_and(|identity| identity == peer.principal))
@@ -305,6 +292,7 @@ async fn stream<E: Edge>(
         destination_principal: Some(peer.own.clone()),
         trace: Some(trace),
         session: Some(Arc::clone(&peer.session)),
+        ..Flow::new(Direction::Inbound, peer.client, peer.local)
     };
     drop(snapshot);
     let asked = asked(&request, peer.local).and_then(|app| Ok((app, pod.account.admit(1)?)));

@@ -8,7 +8,7 @@ use super::{AnswerError, deliver, ended, failed, permit};
 use crate::{
     policy::Request,
     tunnel::{
-        Direction, Flow, Security,
+        Direction, Flow,
         connections::Carried,
         edge::Edge,
         pod::{Pod, workload_at},
@@ -23,18 +23,9 @@ pub(crate) async fn plaintext<E: Edge>(pod: &Pod<E>, tcp: TcpStream, client: Soc
     let snapshot = pod.shared.cluster.load();
     let destination = pod.record(&snapshot);
     let flow = Flow {
-        direction: Direction::Inbound,
-        security: Security::None,
-        source: client,
-        destination: app,
-        hbone_target: None,
         source_workload: workload_at(&snapshot, client.ip()).cloned(),
-        source_principal: None,
         destination_workload: Some(Arc::clone(&destination)),
-        destination_principal: None,
-        destination_service: None,
-        trace: None,
-        session: None,
+        ..Flow::new(Direction::Inbound, client, app)
     };
     drop(snapshot);
     let request = Request {

@@ -56,18 +56,9 @@ pub(super) async fn carry<E: Edge>(pod: &Pod<E>, tcp: TcpStream, client: SocketA
     let mut snapshot = pod.shared.cluster.load();
     let source = pod.record(&snapshot);
     let mut flow = Flow {
-        direction: Direction::Outbound,
-        security: Security::None,
-        source: client,
-        destination,
-        hbone_target: None,
         source_principal: pod.identity(&source).ok(),
         source_workload: Some(Arc::clone(&source)),
-        destination_workload: None,
-        destination_principal: None,
-        destination_service: None,
-        trace: None,
-        session: None,
+        ..Flow::new(Direction::Outbound, client, destination)
     };
     let proof = pod.shared.registry.proofs().claim(pod.uid(), client);
     let route = match held_route(pod, &mut snapshot, &source, destination).await {

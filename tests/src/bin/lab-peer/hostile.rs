@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 
 use crate::{
     ask,
@@ -11,18 +11,25 @@ use crate::{
     many, outlive, pace, scan, script, shakes, silent, stuff, tell,
 };
 
+/// Where a client with a good certificate goes, and what it asks for.
+#[derive(Debug, Args)]
+pub struct Aim {
+    #[arg(long)]
+    to: SocketAddr,
+    #[arg(long)]
+    authority: String,
+    #[arg(long)]
+    cert: PathBuf,
+    #[arg(long)]
+    key: PathBuf,
+}
+
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     /// HTTP/2 abuse with a good certificate.
     Flood {
-        #[arg(long)]
-        to: SocketAddr,
-        #[arg(long)]
-        authority: String,
-        #[arg(long)]
-        cert: PathBuf,
-        #[arg(long)]
-        key: PathBuf,
+        #[command(flatten)]
+        aim: Aim,
         #[arg(long)]
         attack: Attack,
         #[arg(long, default_value_t = 1)]
@@ -133,14 +140,8 @@ pub enum Verb {
     },
     /// New mutual TLS connections at a steady pace, each with one request that is answered and ended.
     Shakes {
-        #[arg(long)]
-        to: SocketAddr,
-        #[arg(long)]
-        authority: String,
-        #[arg(long)]
-        cert: PathBuf,
-        #[arg(long)]
-        key: PathBuf,
+        #[command(flatten)]
+        aim: Aim,
         #[arg(long)]
         rate: u64,
         #[arg(long)]
@@ -164,7 +165,7 @@ pub enum Verb {
 
 pub async fn run(verb: Verb) -> anyhow::Result<()> {
     match verb {
-        Verb::Flood { to, authority, cert, key, attack, connections, streams, seconds } => {
+        Verb::Flood { aim: Aim { to, authority, cert, key }, attack, connections, streams, seconds } => {
             let time = Duration::from_secs(seconds);
             tell(&flood::run(&Flood { to, authority, pair: (cert, key), attack, connections, streams, time }).await?)
         }
@@ -184,7 +185,7 @@ pub async fn run(verb: Verb) -> anyhow::Result<()> {
             tell(&scan::syns(to, sources, rate, Duration::from_secs(seconds))?)
         }
         Verb::Aborts { dial, count, concurrent } => tell(&scan::aborts(&dial, count, concurrent).await?),
-        Verb::Shakes { to, authority, cert, key, rate, seconds } => {
+        Verb::Shakes { aim: Aim { to, authority, cert, key }, rate, seconds } => {
             tell(&shakes::run(to, &authority, &(cert, key), rate, Duration::from_secs(seconds)).await?)
         }
         Verb::Many { to, port, cert, key, count } => tell(&many::run(&to, port, &(cert, key), count).await?),

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use heddle_lab::reports::Storm;
+use heddle_lab::reports::{Churned, Storm};
 
 use crate::{
     dial::{Dial, kind},
@@ -22,7 +22,7 @@ use crate::{
 struct Client {
     /// Connect to the byte's return (microseconds).
     times: Vec<u64>,
-    storm: Storm,
+    churned: Churned,
 }
 
 /// `concurrent` clients that make one connection after the other until `time` has passed.
@@ -34,12 +34,12 @@ pub fn run(dial: &Dial, concurrent: usize, time: Duration) -> Storm {
             (0..concurrent.max(1)).map(|_| scope.spawn(|| client(dial, start, time, &per_second))).collect();
         handles.into_iter().map(|handle| handle.join().unwrap_or_default()).collect()
     });
-    let mut whole = Storm { seconds: start.elapsed().as_secs_f64(), ..Storm::default() };
+    let mut whole = Churned { seconds: start.elapsed().as_secs_f64(), ..Churned::default() };
     let mut times = Vec::new();
     for client in clients {
         times.extend(client.times);
-        whole.failed += client.storm.failed;
-        for (kind, count) in client.storm.errors {
+        whole.failed += client.churned.failed;
+        for (kind, count) in client.churned.errors {
             *whole.errors.entry(kind).or_default() += count;
         }
     }
@@ -47,8 +47,7 @@ pub fn run(dial: &Dial, concurrent: usize, time: Duration) -> Storm {
     whole.ok = times.len() as u64;
     whole.p50_us = quantile(&times, 0.5);
     whole.p99_us = quantile(&times, 0.99);
-    whole.per_second = per_second.into_iter().map(AtomicU64::into_inner).collect();
-    whole
+    Storm { churned: whole, per_second: per_second.into_iter().map(AtomicU64::into_inner).collect() }
 }
 
 fn client(dial: &Dial, start: Instant, time: Duration, per_second: &[AtomicU64]) -> Client {
@@ -64,8 +63,8 @@ fn client(dial: &Dial, start: Instant, time: Duration, per_second: &[AtomicU64])
                 }
             }
             Err(error) => {
-                own.storm.failed += 1;
-                *own.storm.errors.entry(kind(&error)).or_default() += 1;
+                own.churned.failed += 1;
+                *own.churned.errors.entry(kind(&error)).or_default() += 1;
             }
         }
     }

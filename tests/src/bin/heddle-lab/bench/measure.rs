@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use heddle_lab::reports::Storm;
 use serde::Deserialize;
 
 use super::{
@@ -115,7 +116,7 @@ fn iperf(pair: &Pair, what: Measurement, streams: u8, reverse: bool, seconds: u6
 }
 
 fn storm(pair: &Pair, what: Measurement, concurrent: u32, seconds: u64) -> Result<Done> {
-    let seen = pair.client.storm(pair.server.at(REPLY), concurrent, seconds).run()?;
+    let Storm { churned: seen, per_second } = pair.client.storm(pair.server.at(REPLY), concurrent, seconds).run()?;
     ensure!(seen.ok > 0, "no connection succeeded: {:?}", seen.errors);
     let (name, [p50, p99]) = (what.name(), [seen.p50_us, seen.p99_us].map(exact));
     let mut sample = Sample::from([
@@ -124,12 +125,12 @@ fn storm(pair: &Pair, what: Measurement, concurrent: u32, seconds: u64) -> Resul
         (format!("{name}_p99"), p99),
     ]);
     if what == Measurement::Sustained {
-        let slowest = seen.per_second.iter().min().copied().unwrap_or(0);
+        let slowest = per_second.iter().min().copied().unwrap_or(0);
         sample.insert(format!("{name}_slowest_second"), exact(slowest));
     }
     let failed = (seen.failed > 0)
         .then(|| format!("{} of {} connections failed: {:?}", seen.failed, seen.ok + seen.failed, seen.errors));
-    Ok(Done { sample, per_second: seen.per_second, note: failed, ..Done::default() })
+    Ok(Done { sample, per_second, note: failed, ..Done::default() })
 }
 
 fn paced(pair: &Pair, what: Measurement, seconds: u64) -> Result<Done> {
