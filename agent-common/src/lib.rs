@@ -7,7 +7,7 @@
 //! What the programs rely on the agent for:
 //!
 //! - **Order of enrolment**: gate and destinations, then routes and rules, then the listener into `LISTENERS`, then
-//!   `lookup`, then `connect4` and `connect6`. With `connect` attached and the slot empty, connections to mesh
+//!   `lookup` and `observe`, then `connect4` and `connect6`, and last the pod's addresses into `RESIDENTS`. With `connect` attached and the slot empty, connections to mesh
 //!   destinations are refused (EPERM), or left plain for a pod with [`gate::OPEN_WHEN_UNATTENDED`].
 //! - **Presence is the slot**: an agent serves a pod exactly while a listening socket is in its `LISTENERS` slot. The
 //!   kernel empties the slot when the last descriptor of that listener closes, so a crash needs no clean-up and there
@@ -21,12 +21,22 @@
 //! - **Outbound or not is for the agent to check**: the listener also gets a connection to an address that is neither
 //!   the pod's own nor a mesh destination (another interface's). Only a known destination may be dialled, else it
 //!   would dial itself.
+//!
+//! The kernel lane, on which two pods of the node talk without the agent:
+//!
+//! - **A verdict is a decision of the policy engine**, taken for this pair and this port, and removed before anything that
+//!   it rests on changes. Without one the connection goes to the agent.
+//! - **An entry of `ATTESTED` by [`attested_by::KERNEL`] is written by `observe`** in the source's cgroup before the SYN
+//!   leaves, for a socket of the pod's own netns and address, and leaves when both ends are closed. The agent removes only
+//!   those of pods that are withdrawn.
+//! - **Workload ids are never used twice** (64 random bits, kept in the pod's record): what an earlier owner of an address
+//!   or slot left behind matches nobody.
 #![no_std]
 
 use core::mem::{align_of, offset_of, size_of};
 
-/// Version of every layout in this file; part of the bpffs path (`…/v2`).
-pub const LAYOUT_VERSION: u32 = 2;
+/// Version of every layout in this file; part of the bpffs path (`…/v3`).
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// Port of the agent's listener in each pod's netns. Nothing may address it directly.
 pub const LISTENER_PORT: u16 = 15_001;
@@ -36,7 +46,22 @@ pub const HBONE_PORT: u16 = 15_008;
 /// Mark of sockets whose packets take the pod's local route to `lo`: set by `connect` on captured connections, by the
 /// agent on delivery sockets, inherited by the app's accepted sockets (`tcp_fwmark_accept`). Not a security boundary:
 /// nothing is exempted or authenticated by it.
+///
+/// The lower half of the socket's mark; see [`choice`] for the upper one.
 pub const MARK: u32 = 0x6865;
+/// The part of a packet's mark that the pod's rule looks at.
+pub const MARK_MASK: u32 = 0xffff;
+/// Upper half of the mark of a captured connection: which endpoints of the Service are meant. The accepted socket inherits
+/// it (`tcp_fwmark_accept`).
+pub mod choice {
+    /// Nothing was chosen: any endpoint.
+    pub const NONE: u16 = 0;
+    /// Any endpoint that is not in the Service's [`super::LocalEndpoints`].
+    pub const REST: u16 = 1;
+    /// This one and those above: the endpoint of that index in [`super::LocalEndpoints`], counted from here.
+    pub const FIRST_LOCAL: u16 = 2;
+}
+
 /// Routing table and rule preference in the pod's netns that send marked packets to `lo`.
 pub const ROUTE_TABLE: u32 = 0x6865;
 pub const RULE_PREFERENCE: u32 = 30_865;
@@ -47,6 +72,18 @@ pub const MAX_PODS: u32 = 1_024;
 pub const MAX_DESTINATIONS: u32 = 262_144;
 /// Most connections that may be attested at a time.
 pub const MAX_ATTESTED: u32 = 65_536;
+/// Most addresses of pods that are enrolled on this node.
+pub const MAX_RESIDENTS: u32 = MAX_PODS * Pod::MAX_ADDRESSES as u32;
+/// Most pairs of pods and ports with a verdict. What does not fit goes to the agent.
+pub const MAX_VERDICTS: u32 = 65_536;
+/// Most pairs with a verdict of [`verdict::DENY`]: counters of `DENIALS`.
+pub const MAX_DENIALS: u32 = 4_096;
+/// Most ports of Services with endpoints on this node that the kernel chooses for.
+pub const MAX_SERVICES: u32 = 16_384;
+/// Bytes of the ring of ended connections, a power of two of pages.
+pub const EVENTS_BYTES: u32 = 2 * 1_024 * 1_024;
+/// Time between two looks at the bytes of a connection that goes on, in nanoseconds.
+pub const PROGRESS_NANOSECONDS: u64 = 100_000_000;
 
 /// Names of the pinned maps, the same in the object file, in bpffs and in the agent.
 pub mod maps {
@@ -55,6 +92,14 @@ pub mod maps {
     pub const LISTENERS: &str = "LISTENERS";
     pub const GATES: &str = "GATES";
     pub const COUNTS: &str = "COUNTS";
+    pub const RESIDENTS: &str = "RESIDENTS";
+    pub const VERDICTS: &str = "VERDICTS";
+    pub const DENIALS: &str = "DENIALS";
+    pub const SERVICES: &str = "SERVICES";
+    /// Socket storage, freed with the socket; not pinned by name in the object.
+    pub const LANES: &str = "LANES";
+    /// Ring of [`super::Ended`].
+    pub const EVENTS: &str = "EVENTS";
     /// Ring of the programs' log records, defined by aya-log-ebpf; not pinned by name in the object.
     pub const LOGS: &str = "AYA_LOGS";
 }
@@ -66,6 +111,9 @@ pub mod programs {
     pub const LOOKUP: &str = "lookup";
     pub const SENDMSG4: &str = "sendmsg4";
     pub const SENDMSG6: &str = "sendmsg6";
+    pub const PEERNAME4: &str = "peername4";
+    pub const PEERNAME6: &str = "peername6";
+    pub const OBSERVE: &str = "observe";
 }
 
 /// Names of the read-only globals that make one instance of the programs per pod.
@@ -117,7 +165,10 @@ pub struct Tuple {
     pub padding: u32,
 }
 
-/// Who vouched for a connection: value of the `ATTESTED` map.
+/// Who vouched for a connection: value of the `ATTESTED` map. From `source` on it is the kernel lane's, zero for others.
+///
+/// Fields of the source's side are written by the source's program alone, those of the destination's side by the
+/// destination's.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attestation {
@@ -125,12 +176,193 @@ pub struct Attestation {
     pub slot: u32,
     /// One of [`attested_by`].
     pub by: u32,
+    /// Workload ids of both ends.
+    pub source: u64,
+    pub destination: u64,
+    /// Cookie of the source's socket: tells this connection from a later one of the same 4-tuple.
+    pub id: u64,
+    /// When the SYN left: nanoseconds of CLOCK_MONOTONIC.
+    pub opened: u64,
+    /// What the app asked for, where that was a Service; else zeros.
+    pub service: Address,
+    pub service_port: u16,
+    pub padding: u16,
+    /// Bits of [`side`].
+    pub source_state: u32,
+    pub destination_state: u32,
+    /// Smoothed round-trip time and retransmitted segments, as each side sees them.
+    pub source_rtt_us: u32,
+    pub destination_rtt_us: u32,
+    pub source_retransmissions: u32,
+    pub destination_retransmissions: u32,
+    pub padding_2: u32,
+    /// Bytes of the app that the other side has acknowledged: client to app (by the source's side), app to client (by the
+    /// destination's).
+    pub sent: u64,
+    pub received: u64,
+}
+
+impl Attestation {
+    /// For a connection that the agent delivers.
+    #[must_use]
+    pub const fn by_agent(slot: u32) -> Self {
+        Self {
+            slot,
+            by: attested_by::AGENT,
+            source: 0,
+            destination: 0,
+            id: 0,
+            opened: 0,
+            service: Address { octets: [0; 16] },
+            service_port: 0,
+            padding: 0,
+            source_state: 0,
+            destination_state: 0,
+            source_rtt_us: 0,
+            destination_rtt_us: 0,
+            source_retransmissions: 0,
+            destination_retransmissions: 0,
+            padding_2: 0,
+            sent: 0,
+            received: 0,
+        }
+    }
 }
 
 /// Values of [`Attestation::by`].
 pub mod attested_by {
     /// Delivery by the agent, after policy.
     pub const AGENT: u32 = 1;
+    /// The source's `observe`, for the kernel lane.
+    pub const KERNEL: u32 = 2;
+}
+
+/// Bits of [`Attestation::source_state`] and [`Attestation::destination_state`].
+pub mod side {
+    /// Its handshake is complete. Of the destination: no other SYN of this 4-tuple is let in.
+    pub const ESTABLISHED: u32 = 1;
+    /// It has sent its FIN.
+    pub const FINISHED: u32 = 2;
+    /// Its FIN was acknowledged.
+    pub const ACKNOWLEDGED: u32 = 4;
+    /// Its socket is closed.
+    pub const CLOSED: u32 = 8;
+}
+
+/// An enrolled pod of this node: value of the `RESIDENTS` map, by address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resident {
+    pub workload: u64,
+    pub slot: u32,
+    pub padding: u32,
+}
+
+/// Two pods of this node and a port: key of the `VERDICTS` map. The port in host order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Pair {
+    /// Workload ids.
+    pub source: u64,
+    pub destination: u64,
+    pub port: u16,
+    pub padding: [u16; 3],
+}
+
+impl Pair {
+    #[must_use]
+    pub const fn new(source: u64, destination: u64, port: u16) -> Self {
+        Self { source, destination, port, padding: [0; 3] }
+    }
+}
+
+/// What the policy engine decided for a pair: value of the `VERDICTS` map.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// One of [`verdict`].
+    pub action: u32,
+    /// Index into `DENIALS` of a denied pair.
+    pub counter: u32,
+}
+
+/// Values of [`Verdict::action`].
+pub mod verdict {
+    pub const ALLOW: u32 = 1;
+    pub const DENY: u32 = 2;
+}
+
+/// A port of a Service's cluster address, in host order: key of the `SERVICES` map.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServicePort {
+    pub address: Address,
+    pub port: u16,
+    pub padding: u16,
+}
+
+/// An endpoint on this node, port in host order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LocalEndpoint {
+    pub address: Address,
+    pub port: u16,
+    pub padding: u16,
+}
+
+/// The endpoints of a Service's port: value of the `SERVICES` map.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LocalEndpoints {
+    /// All endpoints that may be chosen now, on any node: each is as likely as any other.
+    pub total: u32,
+    /// How many of `endpoints` are used: those that the kernel lane may reach.
+    pub local: u32,
+    pub endpoints: [LocalEndpoint; LocalEndpoints::MAX],
+}
+
+impl LocalEndpoints {
+    /// A Service's port with more endpoints on one node is left to the agent.
+    pub const MAX: usize = 64;
+}
+
+/// What a pod's programs keep of a socket on the kernel lane: value of the `LANES` socket storage.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lane {
+    /// [`Attestation::id`].
+    pub id: u64,
+    /// Workload id of the destination.
+    pub destination: u64,
+    /// When its bytes were last looked at: nanoseconds of CLOCK_MONOTONIC.
+    pub looked: u64,
+    /// What the app connected to, where that was a Service.
+    pub service: Address,
+    pub service_port: u16,
+    pub padding: u16,
+    /// One of [`end`].
+    pub end: u32,
+    /// Slot of the destination.
+    pub slot: u32,
+    pub padding_2: u32,
+}
+
+/// Values of [`Lane::end`].
+pub mod end {
+    /// The socket is not on the lane.
+    pub const NONE: u32 = 0;
+    pub const SOURCE: u32 = 1;
+    pub const DESTINATION: u32 = 2;
+}
+
+/// A connection of the kernel lane that has ended: record of the `EVENTS` ring.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    pub tuple: Tuple,
+    pub attestation: Attestation,
+    /// When: nanoseconds of CLOCK_MONOTONIC.
+    pub closed: u64,
 }
 
 /// Read-only data of one pod's programs: the pod's slot and its own addresses.
@@ -141,6 +373,11 @@ pub struct Pod {
     pub slot: u32,
     /// How many of `addresses` are used.
     pub addresses_used: u32,
+    /// The pod's id, see [`Resident`].
+    pub workload: u64,
+    /// Cookie of the pod's netns (`SO_NETNS_COOKIE`, Linux 5.14); zero where it can't be had, and then no connection of the pod
+    /// takes the kernel lane.
+    pub netns: u64,
     /// The pod's own addresses.
     pub addresses: [Address; Pod::MAX_ADDRESSES],
 }
@@ -188,35 +425,52 @@ pub struct PodCounts {
     pub udp_connects: u64,
     /// Datagrams sent to a destination outside the pod on UDP sockets that are not connected to it.
     pub udp_datagrams: u64,
+    /// connect() calls that took the kernel lane.
+    pub lane: u64,
+    /// connect() calls refused and look-ups reset because a verdict denies them.
+    pub lane_denied: u64,
+    /// connect() calls to a pod of this node that went to the agent for want of a verdict.
+    pub lane_missed: u64,
+    /// Connections of the kernel lane that went to the agent because `ATTESTED` was full.
+    pub lane_full: u64,
+    /// Ends of kernel-lane connections that found no room in `EVENTS`.
+    pub events_lost: u64,
 }
 
 const _: () = {
     assert!(size_of::<Address>() == 16 && align_of::<Address>() == 1);
     assert!(size_of::<Destination>() == 8);
     assert!(size_of::<Tuple>() == 40 && offset_of!(Tuple, source_port) == 32 && offset_of!(Tuple, padding) == 36);
-    assert!(size_of::<Attestation>() == 8);
-    assert!(size_of::<Pod>() == 72 && offset_of!(Pod, addresses) == 8);
+    assert!(size_of::<Attestation>() == 104 && offset_of!(Attestation, sent) == 88);
+    assert!(size_of::<Resident>() == 16);
+    assert!(size_of::<Pair>() == 24 && offset_of!(Pair, padding) == 18);
+    assert!(size_of::<Verdict>() == 8);
+    assert!(size_of::<ServicePort>() == 20);
+    assert!(size_of::<LocalEndpoint>() == 20 && size_of::<LocalEndpoints>() == 8 + 20 * LocalEndpoints::MAX);
+    assert!(size_of::<Lane>() == 56 && offset_of!(Lane, end) == 44);
+    assert!(size_of::<Ended>() == 152);
+    assert!(size_of::<Pod>() == 88 && offset_of!(Pod, addresses) == 24);
     assert!(size_of::<PodGate>() == 8);
-    assert!(size_of::<PodCounts>() == 72);
+    assert!(size_of::<PodCounts>() == 112);
 };
 
 #[cfg(feature = "userspace")]
 mod plain_old_data {
-    use super::{Address, Attestation, Destination, Pod, PodCounts, PodGate, Tuple};
+    use super::{
+        Address, Attestation, Destination, Ended, Lane, LocalEndpoints, Pair, Pod, PodCounts, PodGate, Resident,
+        ServicePort, Tuple, Verdict,
+    };
 
-    // SAFETY: each is repr(C), made of integers with explicit padding (sizes asserted above), valid for any bit
-    // pattern.
-    unsafe impl aya::Pod for Address {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Destination {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Tuple {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Attestation {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Pod {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for PodGate {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for PodCounts {}
+    macro_rules! plain_old_data {
+        ($($name:ty),*) => {
+            $(
+                // SAFETY: repr(C), made of integers with explicit padding (sizes asserted above), valid for any bit pattern.
+                unsafe impl aya::Pod for $name {}
+            )*
+        };
+    }
+    plain_old_data!(
+        Address, Attestation, Destination, Ended, Lane, LocalEndpoints, Pair, Pod, PodCounts, PodGate, Resident,
+        ServicePort, Tuple, Verdict
+    );
 }

@@ -40,8 +40,13 @@ static COUNTS: PerCpuArray<PodCounts> = PerCpuArray::pinned(MAX_PODS, 0);
 
 /// The pod of this instance; the loader writes it before the verifier sees it. Without a loader: no slot, no address.
 #[unsafe(no_mangle)]
-static POD: Pod =
-    Pod { slot: u32::MAX, addresses_used: 0, addresses: [Address { octets: [0; 16] }; Pod::MAX_ADDRESSES] };
+static POD: Pod = Pod {
+    slot: u32::MAX,
+    addresses_used: 0,
+    workload: 0,
+    netns: 0,
+    addresses: [Address { octets: [0; 16] }; Pod::MAX_ADDRESSES],
+};
 
 /// Slot of this instance's pod.
 #[inline(always)]
@@ -57,7 +62,7 @@ pub fn is_own(ip: Ip) -> bool {
     let used = unsafe { (&raw const POD.addresses_used).read_volatile() };
     let mut index = 0;
     while index < Pod::MAX_ADDRESSES {
-        // SAFETY: in bounds of the array, whose addresses are 4-aligned in POD (offset 8, asserted in heddle_common).
+        // SAFETY: in bounds of the array, whose addresses are 4-aligned in POD (offset 24, asserted in heddle_common).
         let own = unsafe { (&raw const POD.addresses).cast::<Ip>().add(index).read_volatile() };
         if (index as u32) < used && own == ip {
             return true;

@@ -9,7 +9,7 @@ use std::{
     sync::Arc,
 };
 
-use heddle_common::{Attestation, Tuple, attested_by, maps};
+use heddle_common::{Attestation, Tuple, maps};
 use socket2::Socket;
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -108,7 +108,7 @@ async fn deliver_from(
     // Before the SYN leaves, and until the handshake is over either way.
     let _attested = node
         .maps
-        .attest(tuple, Attestation { slot: live.slot, by: attested_by::AGENT })
+        .attest(tuple, Attestation::by_agent(live.slot))
         .map_err(|error| Try::Failed(error.unwrap_or_else(|| CaptureError::AttestedFull { pod: name() })))?;
     tracing::trace!(pod = %pod.uid, %client, %app, map = maps::ATTESTED, "delivering");
     connect(socket, app)

@@ -198,7 +198,8 @@ fn hang(
 }
 
 fn pod_data(slot: u32, addresses: &[IpAddr]) -> PodData {
-    let mut data = PodData { slot, addresses_used: 0, addresses: [Address::v6([0; 16]); PodData::MAX_ADDRESSES] };
+    let addresses_of_none = [Address::v6([0; 16]); PodData::MAX_ADDRESSES];
+    let mut data = PodData { slot, addresses_used: 0, workload: 0, netns: 0, addresses: addresses_of_none };
     for (place, address) in data.addresses.iter_mut().zip(addresses) {
         *place = key(*address);
         data.addresses_used += 1;

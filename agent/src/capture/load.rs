@@ -102,8 +102,13 @@ struct Instance {
 }
 
 /// A pod of nobody, recognisable in the read-only data.
-const NOBODY: Pod =
-    Pod { slot: u32::MAX, addresses_used: 0, addresses: [Address::v6(*b"heddle:nobody:00"); Pod::MAX_ADDRESSES] };
+const NOBODY: Pod = Pod {
+    slot: u32::MAX,
+    addresses_used: 0,
+    workload: 0,
+    netns: 0,
+    addresses: [Address::v6(*b"heddle:nobody:00"); Pod::MAX_ADDRESSES],
+};
 
 impl Object {
     /// Loads the programs once, without attaching them: makes the pinned maps where absent, and learns what an instance
@@ -320,6 +325,8 @@ fn bytes(pod: &Pod) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(size_of::<Pod>());
     bytes.extend(pod.slot.to_ne_bytes());
     bytes.extend(pod.addresses_used.to_ne_bytes());
+    bytes.extend(pod.workload.to_ne_bytes());
+    bytes.extend(pod.netns.to_ne_bytes());
     for address in &pod.addresses {
         bytes.extend(address.octets);
     }

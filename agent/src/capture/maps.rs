@@ -192,6 +192,11 @@ fn add(sum: PodCounts, one: &PodCounts) -> PodCounts {
         direct: sum.direct.wrapping_add(one.direct),
         udp_connects: sum.udp_connects.wrapping_add(one.udp_connects),
         udp_datagrams: sum.udp_datagrams.wrapping_add(one.udp_datagrams),
+        lane: sum.lane.wrapping_add(one.lane),
+        lane_denied: sum.lane_denied.wrapping_add(one.lane_denied),
+        lane_missed: sum.lane_missed.wrapping_add(one.lane_missed),
+        lane_full: sum.lane_full.wrapping_add(one.lane_full),
+        events_lost: sum.events_lost.wrapping_add(one.events_lost),
     }
 }
 
