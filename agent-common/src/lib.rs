@@ -470,7 +470,19 @@ mod plain_old_data {
         };
     }
     plain_old_data!(
-        Address, Attestation, Destination, Ended, Lane, LocalEndpoints, Pair, Pod, PodCounts, PodGate, Resident,
-        ServicePort, Tuple, Verdict
+        Address,
+        Attestation,
+        Destination,
+        Ended,
+        Lane,
+        LocalEndpoints,
+        Pair,
+        Pod,
+        PodCounts,
+        PodGate,
+        Resident,
+        ServicePort,
+        Tuple,
+        Verdict
     );
 }

@@ -176,7 +176,7 @@ impl Record<'_> {
     /// The fields in order, those without a value left out.
     fn fields(&self) -> Vec<(&'static str, Value<'_>)> {
         let flow = self.flow;
-        let authenticated = flow.security == Security::MutualTls;
+        let authenticated = flow.security.authenticates();
         let text = |value: &str| (!value.is_empty()).then(|| Value::Text(Cow::Owned(value.to_owned())));
         let source = flow.source_workload.as_deref();
         let destination = flow.destination_workload.as_deref();

@@ -63,6 +63,7 @@ static TCP: LazyLock<Arc<str>> = LazyLock::new(|| "tcp".into());
 static SOURCE: LazyLock<Arc<str>> = LazyLock::new(|| "source".into());
 static DESTINATION: LazyLock<Arc<str>> = LazyLock::new(|| "destination".into());
 static MUTUAL_TLS: LazyLock<Arc<str>> = LazyLock::new(|| "mutual_tls".into());
+static KERNEL_ATTESTED: LazyLock<Arc<str>> = LazyLock::new(|| "kernel_attested".into());
 static NONE: LazyLock<Arc<str>> = LazyLock::new(|| "none".into());
 
 /// Where nodes are, by name.
@@ -80,7 +81,7 @@ impl Labels {
     pub fn of(flow: &Flow, cluster: &Arc<str>, localities: Option<&Localities>) -> Self {
         let [r1, z1] = locality(flow.source_workload.as_deref(), localities);
         let [r2, z2] = locality(flow.destination_workload.as_deref(), localities);
-        let authenticated = flow.security == Security::MutualTls;
+        let authenticated = flow.security.authenticates();
         let [s1, s2, s3, s4, s5, s6, s7, s8] =
             side(flow.source_workload.as_deref(), flow.source_principal.as_ref().filter(|_| authenticated), cluster);
         let [d1, d2, d3, d4, d5, d6, d7, d8] = side(
@@ -175,6 +176,7 @@ fn reporter(direction: Direction) -> Arc<str> {
 fn security(security: Security) -> Arc<str> {
     Arc::clone(match security {
         Security::MutualTls => &MUTUAL_TLS,
+        Security::KernelAttested => &KERNEL_ATTESTED,
         Security::None => &NONE,
     })
 }

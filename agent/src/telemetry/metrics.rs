@@ -227,15 +227,13 @@ impl Metrics {
         let carried = self.traffic.carried();
         let every = [Direction::Inbound, Direction::Outbound]
             .into_iter()
-            .flat_map(|direction| [Security::MutualTls, Security::None].map(|security| (direction, security)));
+            .flat_map(|direction| Security::ALL.map(|security| (direction, security)));
         let rows = every.clone().map(|(direction, security)| {
             let labels =
                 vec![label("direction", direction_name(direction)), label("security", security_name(security))];
             gauge(labels, as_f64(open.get(&(direction, security)).copied().unwrap_or_default() as u64))
         });
-        let of = |direction| {
-            [Security::MutualTls, Security::None].map(|security| open.get(&(direction, security)).copied()).into_iter()
-        };
+        let of = |direction| Security::ALL.map(|security| open.get(&(direction, security)).copied()).into_iter();
         let sockets = [("source", Direction::Outbound), ("destination", Direction::Inbound)].map(|(reporter, side)| {
             let count: usize = of(side).flatten().sum();
             gauge(vec![label("reporter", reporter)], as_f64(count as u64))
@@ -387,6 +385,7 @@ pub(super) fn action_name(action: Action) -> &'static str {
 pub fn security_name(security: Security) -> &'static str {
     match security {
         Security::MutualTls => "mutual_tls",
+        Security::KernelAttested => "kernel_attested",
         Security::None => "none",
     }
 }

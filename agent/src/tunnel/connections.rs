@@ -33,7 +33,19 @@ pub enum Direction {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Security {
     MutualTls,
+    /// Both pods are on this node: who connects is what the kernel knows of the socket, and no byte leaves the host.
+    KernelAttested,
     None,
+}
+
+impl Security {
+    pub const ALL: [Self; 3] = [Self::MutualTls, Self::KernelAttested, Self::None];
+
+    /// Whether the other side's identity is proven.
+    #[must_use]
+    pub fn authenticates(self) -> bool {
+        self != Self::None
+    }
 }
 
 /// Everything known of a connection when it starts to carry bytes, or when it failed to.
