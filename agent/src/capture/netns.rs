@@ -3,7 +3,7 @@
 //! Sockets belong to the netns of the thread that made them, for good; so a thread goes in, makes the socket and comes
 //! back, all within one synchronous call. It never stays: a thread that can't come back ends the process, because everything
 //! it did from then on would happen inside a pod.
-#![allow(unsafe_code, reason = "setns(2) works on the calling thread")]
+#![allow(unsafe_code, reason = "setns(2) works on the calling thread; a socket option that socket2 has no name for")]
 
 use std::{
     fs::File,
@@ -15,6 +15,8 @@ use std::{
     path::Path,
     sync::Arc,
 };
+
+use socket2::{Domain, Socket, Type};
 
 /// The netns of the agent itself.
 #[derive(Debug, Clone)]
@@ -54,6 +56,27 @@ impl Netns {
     #[must_use]
     pub fn inode(&self) -> u64 {
         self.inode
+    }
+
+    /// The number by which BPF programs know it (`bpf_get_netns_cookie`); never given to another netns.
+    ///
+    /// # Errors
+    /// `ENOPROTOOPT` before Linux 5.14.
+    pub fn cookie(&self) -> io::Result<u64> {
+        let socket = self.within(|| Socket::new(Domain::UNIX, Type::DGRAM.cloexec(), None))?;
+        let mut cookie = 0_u64;
+        let mut length = size_of::<u64>() as libc::socklen_t;
+        // SAFETY: the kernel writes at most `length` bytes to `cookie`; both outlive the call, and the descriptor is the socket's.
+        let result = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_NETNS_COOKIE,
+                (&raw mut cookie).cast(),
+                &raw mut length,
+            )
+        };
+        if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
     }
 
     /// Does `work` inside the netns, on this thread. `work` must be short: it may run on a worker of the runtime.

@@ -3,6 +3,7 @@
 
 mod adoption;
 mod inbound;
+mod netns;
 mod outbound;
 mod withdrawal;
 mod world;
