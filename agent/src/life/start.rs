@@ -174,6 +174,7 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
         registry: Registry::default(),
         observer: Arc::clone(&telemetry) as Arc<dyn Observer>,
         budget,
+        lane: Arc::new(()),
         cluster_id: Arc::clone(&config.cluster_id),
         node: Arc::clone(&config.node),
     };

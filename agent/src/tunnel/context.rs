@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 
-use super::{Observer, Registry};
+use super::{Lane, Observer, Registry};
 use crate::{capture, cluster, identity::Certificates, life::budget::Budget, policy::Rulebook};
 
 /// The stages before the tunnel, as handles. One per agent.
@@ -18,6 +18,7 @@ pub struct Context {
     pub registry: Registry,
     pub observer: Arc<dyn Observer>,
     pub budget: Budget,
+    pub lane: Arc<dyn Lane>,
     /// `k8s.cluster.name` in baggage.
     pub cluster_id: Arc<str>,
     pub node: Arc<str>,

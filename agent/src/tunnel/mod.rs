@@ -20,6 +20,7 @@ mod frames;
 pub(crate) mod fuzzing;
 mod hello;
 mod http2;
+mod lane;
 mod listen;
 mod meter;
 mod offer;
@@ -34,6 +35,7 @@ mod tests;
 
 pub use connections::{Connection, Direction, End, Flow, Observer, Quiet, Registry, Security, reconsider};
 pub use context::Context;
+pub use lane::Lane;
 pub use meter::Wire;
 pub use offer::{PoolCounts, PoolEnd};
 pub use proof::{Answer, Expected, Failure, Program, Proofs, Seen, Witness};
