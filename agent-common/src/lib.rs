@@ -183,7 +183,7 @@ pub struct Attestation {
     pub id: u64,
     /// When the SYN left: nanoseconds of CLOCK_MONOTONIC.
     pub opened: u64,
-    /// What the app asked for, where that was a Service; else zeros.
+    /// What the app asked for, where that was a Service: then the port is not zero. Else the address means nothing.
     pub service: Address,
     pub service_port: u16,
     pub padding: u16,
@@ -344,7 +344,8 @@ pub struct Lane {
     pub end: u32,
     /// Slot of the destination.
     pub slot: u32,
-    pub padding_2: u32,
+    /// Bits of [`side`], of this end.
+    pub state: u32,
 }
 
 /// Values of [`Lane::end`].

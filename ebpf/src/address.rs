@@ -32,6 +32,26 @@ impl Ip {
         Self(words)
     }
 
+    /// From a map's key.
+    #[inline(always)]
+    pub const fn from_address(address: Address) -> Self {
+        // SAFETY: both are sixteen octets of integers (asserted in heddle_common); any bit pattern is valid.
+        Self(unsafe { core::mem::transmute::<Address, [u32; 4]>(address) })
+    }
+
+    /// The words of an IPv6 context; of an IPv4 one the last is the address.
+    #[inline(always)]
+    pub const fn words(self) -> [u32; 4] {
+        self.0
+    }
+
+    /// Whether it is no address: `0.0.0.0` (v4-mapped) or `::`.
+    #[inline(always)]
+    pub const fn is_unspecified(self) -> bool {
+        let [a, b, c, d] = self.0;
+        a == 0 && b == 0 && d == 0 && (c == 0 || c == 0xffff_u32.to_be())
+    }
+
     /// As a map's key.
     #[inline(always)]
     pub const fn address(self) -> Address {
@@ -85,6 +105,44 @@ pub unsafe fn load<const OFFSET: usize, T>(context: *const T) -> u32 {
     value as u32
 }
 
+/// Reads the double word at `OFFSET` of a context, as [`load`] a word.
+///
+/// # Safety
+/// As [`load`], of a field of eight bytes.
+#[inline(always)]
+pub unsafe fn load_u64<const OFFSET: usize, T>(context: *const T) -> u64 {
+    let value: u64;
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "{value} = *(u64 *)({context} + {offset})",
+            value = lateout(reg) value,
+            context = in(reg) context,
+            offset = const OFFSET,
+            options(readonly, preserves_flags, nostack),
+        );
+    }
+    value
+}
+
+/// Writes the word at `OFFSET` of a context, as [`load`] reads it.
+///
+/// # Safety
+/// As [`load`], of a field that the program may write.
+#[inline(always)]
+pub unsafe fn store<const OFFSET: usize, T>(context: *mut T, value: u32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "*(u32 *)({context} + {offset}) = {value}",
+            value = in(reg) u64::from(value),
+            context = in(reg) context,
+            offset = const OFFSET,
+            options(preserves_flags, nostack),
+        );
+    }
+}
+
 /// Reads the four words at `OFFSET` of a context.
 ///
 /// # Safety
@@ -108,4 +166,26 @@ macro_rules! word {
         $crate::address::load::<{ core::mem::offset_of!($type, $field) }, _>($context)
     };
 }
-pub(crate) use {word, words};
+/// Writes one word field of a context.
+///
+/// # Safety
+/// As [`store`].
+macro_rules! set_word {
+    ($context:expr, $type:ty, $field:ident, $value:expr) => {
+        $crate::address::store::<{ core::mem::offset_of!($type, $field) }, _>($context, $value)
+    };
+}
+/// Writes the four words of a field of a context.
+///
+/// # Safety
+/// As [`store`].
+macro_rules! set_words {
+    ($context:expr, $type:ty, $field:ident, $value:expr) => {{
+        let [a, b, c, d] = $value;
+        $crate::address::store::<{ core::mem::offset_of!($type, $field) }, _>($context, a);
+        $crate::address::store::<{ core::mem::offset_of!($type, $field) + 4 }, _>($context, b);
+        $crate::address::store::<{ core::mem::offset_of!($type, $field) + 8 }, _>($context, c);
+        $crate::address::store::<{ core::mem::offset_of!($type, $field) + 12 }, _>($context, d);
+    }};
+}
+pub(crate) use {set_word, set_words, word, words};

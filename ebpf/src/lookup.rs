@@ -14,7 +14,7 @@ use aya_ebpf::{
     programs::SkLookupContext,
 };
 use aya_log_ebpf::warn;
-use heddle_common::{LISTENER_PORT, PodCounts, Tuple};
+use heddle_common::{LISTENER_PORT, PodCounts, Tuple, attested_by, side, verdict};
 
 use crate::{
     address::{self, Ip, word, words},
@@ -58,21 +58,62 @@ pub fn lookup(ctx: &SkLookupContext) -> u32 {
         return SK_PASS;
     }
     if own {
-        if maps::is_attested(&Tuple {
+        match attested(&Tuple {
             source: source.address(),
             destination: destination.address(),
             source_port,
             destination_port,
             padding: 0,
         }) {
-            maps::count(offset_of!(PodCounts, attested));
-            return SK_PASS;
-        }
-        if source.is_loopback() || maps::is_own(source) {
-            return SK_PASS;
+            Attested::Yes => {
+                maps::count(offset_of!(PodCounts, attested));
+                return SK_PASS;
+            }
+            Attested::Denied => {
+                maps::count(offset_of!(PodCounts, lane_denied));
+                return SK_DROP;
+            }
+            Attested::Undecided => {}
+            Attested::No if source.is_loopback() || maps::is_own(source) => return SK_PASS,
+            Attested::No => {}
         }
     }
     hand_over(ctx, destination, own)
+}
+
+/// What is known of a connection to the pod.
+enum Attested {
+    /// Someone vouched for it, and policy lets it in.
+    Yes,
+    /// Of a pod of this node that policy does not let in.
+    Denied,
+    /// Of a pod of this node, and its verdict is being decided anew: the agent knows who it is.
+    Undecided,
+    No,
+}
+
+/// An entry that a former owner of the address left behind names another slot or workload and counts for nothing; so does
+/// that of a connection whose handshake is over.
+#[inline(always)]
+fn attested(tuple: &Tuple) -> Attested {
+    let Some(entry) = maps::ATTESTED.get_ptr(tuple) else { return Attested::No };
+    // SAFETY: a live entry of the map; integers are copied.
+    let (by, slot, source, destination, state) =
+        unsafe { ((*entry).by, (*entry).slot, (*entry).source, (*entry).destination, (*entry).destination_state) };
+    match by {
+        attested_by::AGENT if slot == maps::slot() => Attested::Yes,
+        attested_by::KERNEL if destination == maps::workload() && state & side::ESTABLISHED == 0 => {
+            match maps::verdict(source, destination, tuple.destination_port) {
+                Some(found) if found.action == verdict::ALLOW => Attested::Yes,
+                Some(found) if found.action == verdict::DENY => {
+                    maps::count_denial(found.counter);
+                    Attested::Denied
+                }
+                _ => Attested::Undecided,
+            }
+        }
+        _ => Attested::No,
+    }
 }
 
 /// Gives the connection to the agent's listener.

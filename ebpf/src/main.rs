@@ -16,9 +16,15 @@ mod connect;
 #[cfg(target_arch = "bpf")]
 mod datagram;
 #[cfg(target_arch = "bpf")]
+mod lane;
+#[cfg(target_arch = "bpf")]
 mod lookup;
 #[cfg(target_arch = "bpf")]
 mod maps;
+#[cfg(target_arch = "bpf")]
+mod observe;
+#[cfg(target_arch = "bpf")]
+mod peername;
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}
@@ -27,11 +33,11 @@ fn main() {}
 #[cfg(target_arch = "bpf")]
 mod programs {
     use aya_ebpf::{
-        macros::{cgroup_sock_addr, sk_lookup},
-        programs::{SkLookupContext, SockAddrContext},
+        macros::{cgroup_sock_addr, sk_lookup, sock_ops},
+        programs::{SkLookupContext, SockAddrContext, SockOpsContext},
     };
 
-    use crate::{connect, datagram, lookup};
+    use crate::{connect, datagram, lookup, observe, peername};
 
     #[cgroup_sock_addr(connect4)]
     pub fn connect4(ctx: SockAddrContext) -> i32 {
@@ -51,6 +57,21 @@ mod programs {
     #[cgroup_sock_addr(sendmsg6)]
     pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
         datagram::ipv6(&ctx)
+    }
+
+    #[cgroup_sock_addr(getpeername4)]
+    pub fn peername4(ctx: SockAddrContext) -> i32 {
+        peername::ipv4(&ctx)
+    }
+
+    #[cgroup_sock_addr(getpeername6)]
+    pub fn peername6(ctx: SockAddrContext) -> i32 {
+        peername::ipv6(&ctx)
+    }
+
+    #[sock_ops]
+    pub fn observe(ctx: SockOpsContext) -> u32 {
+        observe::observe(&ctx)
     }
 
     #[sk_lookup]

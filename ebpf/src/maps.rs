@@ -3,16 +3,19 @@
 //! All maps are pinned by name in the bpffs folder of their layout version, shared by every pod's programs on the node.
 //! Their names are [`heddle_common::maps`]; a change of a name, key or value raises `LAYOUT_VERSION`.
 
-use core::{arch::asm, ffi::c_void};
+use core::{arch::asm, ffi::c_void, ptr};
 
 use aya_ebpf::{
-    bindings::{BPF_F_NO_PREALLOC, bpf_sock},
-    helpers::{bpf_map_lookup_elem, bpf_sk_release},
-    macros::map,
-    maps::{Array, HashMap, PerCpuArray, SockMap},
+    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    btf_maps::SkStorage,
+    helpers::{bpf_map_lookup_elem, bpf_sk_release, bpf_sk_storage_get},
+    macros::{btf_map, map},
+    maps::{Array, HashMap, PerCpuArray, RingBuf, SockMap},
 };
 use heddle_common::{
-    Address, Attestation, Destination, MAX_ATTESTED, MAX_DESTINATIONS, MAX_PODS, Pod, PodCounts, PodGate, Tuple, gate,
+    Address, Attestation, Destination, EVENTS_BYTES, Lane, LocalEndpoints, MAX_ATTESTED, MAX_DENIALS, MAX_DESTINATIONS,
+    MAX_PODS, MAX_RESIDENTS, MAX_SERVICES, MAX_VERDICTS, Pair, Pod, PodCounts, PodGate, Resident, ServicePort, Tuple,
+    Verdict, gate,
 };
 
 use crate::address::Ip;
@@ -24,7 +27,7 @@ static DESTINATIONS: HashMap<Address, Destination> = HashMap::pinned(MAX_DESTINA
 /// Connections that someone vouched for. Not an LRU: an entry leaves by its owner's hand only, never because others
 /// came.
 #[map]
-static ATTESTED: HashMap<Tuple, Attestation> = HashMap::pinned(MAX_ATTESTED, BPF_F_NO_PREALLOC);
+pub static ATTESTED: HashMap<Tuple, Attestation> = HashMap::pinned(MAX_ATTESTED, BPF_F_NO_PREALLOC);
 
 /// The agent's listener in each pod's netns, by slot. The kernel empties a slot when its listener closes.
 #[map]
@@ -37,6 +40,30 @@ static GATES: Array<PodGate> = Array::pinned(MAX_PODS, 0);
 /// Events of each pod, by slot.
 #[map]
 static COUNTS: PerCpuArray<PodCounts> = PerCpuArray::pinned(MAX_PODS, 0);
+
+/// The enrolled pods of this node, by address.
+#[map]
+pub static RESIDENTS: HashMap<Address, Resident> = HashMap::pinned(MAX_RESIDENTS, BPF_F_NO_PREALLOC);
+
+/// What the policy engine decided for two pods of this node and a port.
+#[map]
+static VERDICTS: HashMap<Pair, Verdict> = HashMap::pinned(MAX_VERDICTS, BPF_F_NO_PREALLOC);
+
+/// How often each verdict of denial was applied.
+#[map]
+static DENIALS: PerCpuArray<u64> = PerCpuArray::pinned(MAX_DENIALS, 0);
+
+/// Ports of Services that have endpoints on this node.
+#[map]
+pub static SERVICES: HashMap<ServicePort, LocalEndpoints> = HashMap::pinned(MAX_SERVICES, BPF_F_NO_PREALLOC);
+
+/// What is known of a socket on the kernel lane; goes with the socket. The loader pins it.
+#[btf_map]
+static LANES: SkStorage<Lane> = SkStorage::new();
+
+/// Connections of the kernel lane that have ended.
+#[map]
+pub static EVENTS: RingBuf = RingBuf::pinned(EVENTS_BYTES, 0);
 
 /// The pod of this instance; the loader writes it before the verifier sees it. Without a loader: no slot, no address.
 #[unsafe(no_mangle)]
@@ -78,12 +105,50 @@ pub fn is_destination(ip: Ip) -> bool {
     DESTINATIONS.get_ptr(ip.address()).is_some()
 }
 
-/// Whether someone vouched for this connection to this very pod. An entry that a former owner of the address left
-/// behind names another slot and counts for nothing.
+/// Id of this instance's pod.
 #[inline(always)]
-pub fn is_attested(tuple: &Tuple) -> bool {
-    // SAFETY: entries are never changed in place by the agent, and the map is not preallocated.
-    unsafe { ATTESTED.get(tuple) }.is_some_and(|attestation| attestation.slot == slot())
+pub fn workload() -> u64 {
+    // SAFETY: as in `slot`.
+    unsafe { (&raw const POD.workload).read_volatile() }
+}
+
+/// Cookie of the pod's netns; zero where nobody knows it.
+#[inline(always)]
+pub fn netns() -> u64 {
+    // SAFETY: as in `slot`.
+    unsafe { (&raw const POD.netns).read_volatile() }
+}
+
+/// What was decided for a connection to a port of `destination`.
+#[inline(always)]
+pub fn verdict(source: u64, destination: u64, port: u16) -> Option<Verdict> {
+    // SAFETY: the agent replaces entries whole and never changes them in place; two integers are copied.
+    unsafe { VERDICTS.get(Pair::new(source, destination, port)) }.copied()
+}
+
+/// What is kept of a socket on the kernel lane; null where nothing is.
+///
+/// # Safety
+/// `socket` is a full socket that the kernel gave to the running program.
+#[inline(always)]
+pub unsafe fn lane(socket: *mut bpf_sock) -> *mut Lane {
+    // SAFETY: the caller's promise; LANES is a map.
+    unsafe { bpf_sk_storage_get(lanes(), socket.cast(), ptr::null_mut(), 0) }.cast()
+}
+
+/// As [`lane`]; made, all zero, where nothing is. Null where there is no memory.
+///
+/// # Safety
+/// As [`lane`].
+#[inline(always)]
+pub unsafe fn make_lane(socket: *mut bpf_sock) -> *mut Lane {
+    // SAFETY: as in `lane`.
+    unsafe { bpf_sk_storage_get(lanes(), socket.cast(), ptr::null_mut(), BPF_SK_STORAGE_GET_F_CREATE.into()) }.cast()
+}
+
+#[inline(always)]
+fn lanes() -> *mut c_void {
+    (&raw const LANES).cast_mut().cast()
 }
 
 /// Whether the pod asked to be left alone while no agent serves it.
@@ -114,10 +179,25 @@ pub fn attended() -> bool {
 pub fn count(field: usize) {
     let Some(counts) = COUNTS.get_ptr_mut(slot()) else { return };
     // SAFETY: `field` is the offset of a field, so the place is in this CPU's map value, 8-aligned, and lives as long
-    // as the program runs. One atomic instruction, as a connect() in process context may be interrupted by a look-up
-    // on the same CPU; `core` offers no atomic addition for this target.
+    // as the program runs.
+    unsafe { add_one(counts.byte_add(field).cast()) }
+}
+
+/// Adds one to the counter of a verdict of denial.
+#[inline(always)]
+pub fn count_denial(counter: u32) {
+    if let Some(count) = DENIALS.get_ptr_mut(counter) {
+        // SAFETY: a map's value of eight bytes, 8-aligned, that lives as long as the program runs.
+        unsafe { add_one(count) }
+    }
+}
+
+/// One atomic instruction, as a connect() in process context may be interrupted by a look-up on the same CPU; `core` offers
+/// no atomic addition for this target.
+#[inline(always)]
+unsafe fn add_one(place: *mut u64) {
+    // SAFETY: the caller's promise that the place is a live, aligned u64.
     unsafe {
-        let place = counts.byte_add(field);
         asm!("lock *(u64 *)({place} + 0) += {one}", place = in(reg) place, one = in(reg) 1_u64, options(nostack));
     }
 }

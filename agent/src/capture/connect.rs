@@ -15,7 +15,7 @@ use tokio::net::{TcpSocket, TcpStream};
 
 use super::{
     CaptureError, Delivery,
-    maps::key,
+    maps::{NotAttested, key},
     pod::{Live, Node, Pod},
     socket,
 };
@@ -106,10 +106,11 @@ async fn deliver_from(
         padding: 0,
     };
     // Before the SYN leaves, and until the handshake is over either way.
-    let _attested = node
-        .maps
-        .attest(tuple, Attestation::by_agent(live.slot))
-        .map_err(|error| Try::Failed(error.unwrap_or_else(|| CaptureError::AttestedFull { pod: name() })))?;
+    let _attested = node.maps.attest(tuple, Attestation::by_agent(live.slot)).map_err(|error| match error {
+        NotAttested::Taken => Try::Taken,
+        NotAttested::Full => Try::Failed(CaptureError::AttestedFull { pod: name() }),
+        NotAttested::Failed(error) => Try::Failed(error),
+    })?;
     tracing::trace!(pod = %pod.uid, %client, %app, map = maps::ATTESTED, "delivering");
     connect(socket, app)
         .await

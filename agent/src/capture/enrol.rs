@@ -14,14 +14,14 @@ use std::{
 use heddle_common::{Address, Pod as PodData, gate};
 
 use super::{
-    Attached, CaptureError, PodSpec, PodState,
+    Attached, CaptureError, PodSpec, PodState, WorkloadId,
     error::Step,
     kernel,
     load::{AttachError, Cgroup, How, PROGRAMS},
     maps::key,
     netns::Netns,
     pin::{self, Record},
-    pod::{Live, Node, Pod},
+    pod::{Live, Node, Pod, random},
     ports::{self, Rotation},
     probe, route, socket, sysctl,
 };
@@ -69,14 +69,15 @@ async fn enrol(node: &Arc<Node>, pod: &Arc<Pod>, spec: &PodSpec) -> Result<Attac
         let (node, spec, previous) = (Arc::clone(node), spec.clone(), previous.clone());
         blocking(move || prepare(&node, &spec, previous.as_deref())).await?
     };
-    let Prepared { slot, netns, cgroup, left, ports } = prepared;
+    let Prepared { ends, left, ports } = prepared;
+    let netns = Arc::clone(&ends.netns);
     route::put(&netns, &spec.addresses).await.map_err(at(&name, Step::Route))?;
 
     let same_netns = previous.as_ref().is_some_and(|live| live.netns.inode() == netns.inode());
     let kept = pod.listener().filter(|_| same_netns);
     let (live, listener) = {
-        let (node, spec, netns, cgroup) = (Arc::clone(node), spec.clone(), Arc::clone(&netns), Arc::clone(&cgroup));
-        blocking(move || hang(&node, spec, slot, netns, cgroup, ports, kept)).await?
+        let (node, spec) = (Arc::clone(node), spec.clone());
+        blocking(move || hang(&node, spec, ends, ports, kept, previous.as_deref())).await?
     };
     let attached = Attached { listener: listener.try_clone().map_err(at(&name, Step::Listener))?, token: pod.token };
     pod.set_live(live, listener);
@@ -104,12 +105,19 @@ fn check(spec: &PodSpec) -> Result<(), CaptureError> {
 }
 
 struct Prepared {
-    slot: u32,
-    netns: Arc<Netns>,
-    cgroup: Arc<Cgroup>,
+    ends: Ends,
     /// A netns that the pod was in before.
     left: Option<Left>,
     ports: Rotation,
+}
+
+/// Where the programs hang, and as whose.
+struct Ends {
+    slot: u32,
+    workload: WorkloadId,
+    cookie: Option<u64>,
+    netns: Arc<Netns>,
+    cgroup: Arc<Cgroup>,
 }
 
 struct Left {
@@ -125,6 +133,15 @@ fn prepare(node: &Node, spec: &PodSpec, previous: Option<&Live>) -> Result<Prepa
     let recorded = node.pins.record(&spec.uid);
     let wanted = previous.map(|live| live.slot).or(recorded.as_ref().map(|record| record.slot));
     let (slot, fresh) = node.slots().take(&spec.uid, wanted)?;
+    let workload = match previous.map(|live| live.workload).or(recorded.as_ref().map(|record| record.workload)) {
+        Some(known) => known,
+        None => WorkloadId(u64::from_ne_bytes(random().map_err(at(name, Step::Record))?)),
+    };
+    let cookie = match netns.cookie() {
+        Ok(cookie) => Some(cookie),
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => None,
+        Err(error) => return Err(at(name, Step::Netns)(error)),
+    };
     if fresh {
         node.maps.reset_counts(slot)?;
     }
@@ -142,6 +159,7 @@ fn prepare(node: &Node, spec: &PodSpec, previous: Option<&Live>) -> Result<Prepa
         uid: spec.uid.to_string(),
         name: spec.name.to_string(),
         slot,
+        workload,
         addresses: spec.addresses.clone(),
         netns: spec.place.netns.clone(),
         netns_inode: netns.inode(),
@@ -163,43 +181,55 @@ fn prepare(node: &Node, spec: &PodSpec, previous: Option<&Live>) -> Result<Prepa
         .within(|| fs::read_to_string(PORT_RANGE))
         .and_then(|text| ports::parse_ephemeral(&text).ok_or_else(|| io::Error::other(format!("{PORT_RANGE}: {text}"))))
         .map_err(at(name, Step::Netns))?;
-    Ok(Prepared { slot, netns, cgroup, left, ports: Rotation::new(ports::range(&ephemeral)) })
+    let ends = Ends { slot, workload, cookie, netns, cgroup };
+    Ok(Prepared { ends, left, ports: Rotation::new(ports::range(&ephemeral)) })
 }
 
 /// Opens the listener and hangs the programs.
 fn hang(
     node: &Node,
     spec: PodSpec,
-    slot: u32,
-    netns: Arc<Netns>,
-    cgroup: Arc<Cgroup>,
+    ends: Ends,
     ports: Rotation,
     kept: Option<Arc<TcpListener>>,
+    previous: Option<&Live>,
 ) -> Result<(Live, Arc<TcpListener>), CaptureError> {
     let name = Arc::clone(&spec.name);
+    let Ends { slot, workload, cookie, netns, cgroup } = ends;
     let listener = match kept {
         Some(listener) => listener,
         None => Arc::new(socket::listener(&netns).map_err(at(&name, Step::Listener))?),
     };
     kernel::put_socket(&node.maps.listeners(), slot, &*listener).map_err(at(&name, Step::Listener))?;
     let folder = node.pins.make_pod(&spec.uid).map_err(at(&name, Step::Pins))?;
-    let data = pod_data(slot, &spec.addresses);
+    let data = pod_data(slot, workload, cookie, &spec.addresses);
     let (programs, how) =
         node.object.attach(&folder, &data, &netns, &cgroup, &node.maps.ids).map_err(|error| match error {
             AttachError::Programs(detail) => CaptureError::Programs { pod: Arc::clone(&name), detail },
             AttachError::Link(source) => CaptureError::Pod { pod: Arc::clone(&name), step: Step::Link, source },
         })?;
+    if let Some(previous) = previous {
+        let left = previous.spec.addresses.iter().filter(|address| !spec.addresses.contains(address));
+        node.maps.remove_resident(workload, left)?;
+    }
+    // Last: nobody takes the lane to a pod whose programs do not hang yet.
+    node.maps.put_resident(workload, slot, &spec.addresses)?;
     match how {
         How::Attached => tracing::info!(pod = %name, slot, "attached"),
         How::Adopted => tracing::info!(pod = %name, slot, "adopted as it was"),
         How::Replaced => tracing::info!(pod = %name, slot, "programs replaced"),
     }
-    Ok((Live { spec, slot, netns, cgroup, programs, ports }, listener))
+    Ok((Live { spec, slot, workload, cookie, netns, cgroup, programs, ports }, listener))
 }
 
-fn pod_data(slot: u32, addresses: &[IpAddr]) -> PodData {
-    let addresses_of_none = [Address::v6([0; 16]); PodData::MAX_ADDRESSES];
-    let mut data = PodData { slot, addresses_used: 0, workload: 0, netns: 0, addresses: addresses_of_none };
+fn pod_data(slot: u32, workload: WorkloadId, cookie: Option<u64>, addresses: &[IpAddr]) -> PodData {
+    let mut data = PodData {
+        slot,
+        addresses_used: 0,
+        workload: workload.0,
+        netns: cookie.unwrap_or_default(),
+        addresses: [Address::v6([0; 16]); PodData::MAX_ADDRESSES],
+    };
     for (place, address) in data.addresses.iter_mut().zip(addresses) {
         *place = key(*address);
         data.addresses_used += 1;
@@ -243,6 +273,7 @@ pub async fn unlisten(node: &Arc<Node>, uid: &str, programs: bool) -> Result<(),
     blocking(move || {
         let name = &live.spec.name;
         if programs {
+            node.maps.remove_resident(live.workload, &live.spec.addresses)?;
             unhang(&folder, name)?;
         }
         kernel::take_socket(&node.maps.listeners(), live.slot).map_err(at(name, Step::Listener))
@@ -271,11 +302,19 @@ pub async fn withdraw(node: &Arc<Node>, uid: &str) -> Result<bool, CaptureError>
     };
     let folder = node.pins.pod(uid);
     let slot = live.as_ref().map(|live| live.slot).or(record.as_ref().map(|record| record.slot));
+    let workload = live.as_ref().map(|live| live.workload).or(record.as_ref().map(|record| record.workload));
     let netns = {
         let (node, pod, folder, record, live, name) =
             (Arc::clone(node), pod.clone(), folder.clone(), record.clone(), live.clone(), Arc::clone(&name));
         blocking(move || {
+            if let Some(workload) = workload {
+                let addresses = record.iter().flat_map(|record| &record.addresses);
+                node.maps.remove_resident(workload, addresses)?;
+            }
             unhang(&folder, &name)?;
+            if let Some(workload) = workload {
+                node.maps.forget(workload)?;
+            }
             if let Some(slot) = slot {
                 kernel::take_socket(&node.maps.listeners(), slot).map_err(at(&name, Step::Listener))?;
                 node.maps.set_gate(slot, 0)?;

@@ -12,6 +12,7 @@ pub use super::{caller::Caller, error::CaptureError, load::AttachedProgram, port
 use super::{
     connect,
     enrol::{self, blocking},
+    lane::Lane,
     load::{self, Object},
     maps::Maps,
     messages,
@@ -253,6 +254,12 @@ impl Handle {
             Some(pod) => pod.occupancy.hold(client, app),
             None => Occupied::nothing(),
         }
+    }
+
+    /// The kernel lane of this node.
+    #[must_use]
+    pub fn lane(&self) -> Lane {
+        Lane::new(Arc::clone(&self.node))
     }
 
     #[cfg(test)]

@@ -25,6 +25,7 @@ const MAP_GET_FD_BY_ID: libc::c_long = 14;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
+const MAP_LOOKUP_BATCH: libc::c_long = 24;
 const LINK_DETACH: libc::c_long = 34;
 
 const LINK_TYPE_CGROUP: u32 = 3;
@@ -40,10 +41,13 @@ const MAX_USED_MAPS: usize = 64;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Hook {
+    SockOps = 3,
     Connect4 = 10,
     Connect6 = 11,
     Sendmsg4 = 14,
     Sendmsg6 = 15,
+    Peername4 = 29,
+    Peername6 = 30,
     Lookup = 36,
 }
 
@@ -122,6 +126,19 @@ struct ElementAttr {
     padding: u32,
     key: u64,
     value: u64,
+    flags: u64,
+}
+
+/// The `batch` part of `union bpf_attr` (Linux 5.6).
+#[repr(C)]
+struct BatchAttr {
+    from: u64,
+    next: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    element_flags: u64,
     flags: u64,
 }
 
@@ -265,6 +282,52 @@ pub fn read_only_data(map: u32, length: usize) -> io::Result<Vec<u8>> {
 fn element(command: libc::c_long, map: &impl AsFd, key: u32, value: u64, flags: u64) -> io::Result<()> {
     let mut attr = ElementAttr { map: number(map), padding: 0, key: std::ptr::from_ref(&key) as u64, value, flags };
     bpf(command, &mut attr).map(drop)
+}
+
+/// Entries that are read at a time; a bucket of the kernel's table must fit.
+const BATCH: u32 = 1_024;
+
+/// Every entry of a hash map. The kernel reads bucket by bucket, each under its lock, so that an entry which is there
+/// throughout is read once.
+pub fn read_all<K: aya::Pod, V: aya::Pod>(map: &impl AsFd) -> io::Result<Vec<(K, V)>> {
+    let (mut keys, mut values) = (Vec::<K>::with_capacity(BATCH as usize), Vec::<V>::with_capacity(BATCH as usize));
+    let (mut all, mut from, mut next, mut first) = (Vec::new(), 0_u32, 0_u32, true);
+    loop {
+        let mut attr = BatchAttr {
+            from: if first { 0 } else { std::ptr::from_mut(&mut from) as u64 },
+            next: std::ptr::from_mut(&mut next) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: BATCH,
+            map: number(map),
+            element_flags: 0,
+            flags: 0,
+        };
+        let result = bpf(MAP_LOOKUP_BATCH, &mut attr);
+        let ended = match result {
+            Ok(_) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) => return Err(error),
+        };
+        let read = attr.count.min(BATCH) as usize;
+        // SAFETY: the kernel has written `count` keys and values, each of the map's sizes, which are those of `K` and `V`
+        // (made with the same types); both are plain old data and the buffers hold that many.
+        unsafe {
+            keys.set_len(read);
+            values.set_len(read);
+        }
+        all.extend(keys.drain(..).zip(values.drain(..)));
+        if ended {
+            return Ok(all);
+        }
+        (from, first) = (next, false);
+    }
+}
+
+/// A record of a ring, if it is one of this type.
+pub fn read_record<T: aya::Pod>(bytes: &[u8]) -> Option<T> {
+    // SAFETY: the length is that of `T`, plain old data that any bytes are valid for.
+    (bytes.len() == size_of::<T>()).then(|| unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
 }
 
 /// Puts a socket into a sockmap, instead of the one that is there.

@@ -20,7 +20,7 @@ use aya::{
     maps::MapInfo,
     programs::{Program, ProgramError},
 };
-use heddle_common::{Address, Pod, globals, programs};
+use heddle_common::{Address, Pod, globals, maps, programs};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
 
 use super::{
@@ -33,13 +33,14 @@ use super::{
 /// The compiled programs; `build.rs` refuses an object that is older than its sources.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/heddle.bpf.o"));
 
-/// Ring buffer of aya-log: one for all pods.
-const LOG_MAP: &str = "AYA_LOGS";
 const READ_ONLY: &str = ".rodata";
 
 /// The programs in the order in which they are attached: what catches a marked connection is there before anything marks one.
-pub const PROGRAMS: [(&str, Hook); 5] = [
+pub const PROGRAMS: [(&str, Hook); 8] = [
     (programs::LOOKUP, Hook::Lookup),
+    (programs::OBSERVE, Hook::SockOps),
+    (programs::PEERNAME4, Hook::Peername4),
+    (programs::PEERNAME6, Hook::Peername6),
     (programs::CONNECT4, Hook::Connect4),
     (programs::CONNECT6, Hook::Connect6),
     (programs::SENDMSG4, Hook::Sendmsg4),
@@ -145,7 +146,9 @@ impl Object {
                 let PodPlace { offset, .. } = self.place;
                 length == self.place.length && data.get(offset..).is_some_and(|rest| rest.starts_with(&bytes(pod)))
             }
-            _ => false,
+            // What looks at nothing of the pod is the same for every one.
+            Ok(None) => true,
+            Err(_) => false,
         }
     }
 
@@ -281,12 +284,13 @@ fn existing(at: &Path) -> io::Result<Option<(OwnedFd, LinkInfo)>> {
     }
 }
 
-fn instance(maps: &Path, pod: &Pod) -> Result<Instance, String> {
+fn instance(folder: &Path, pod: &Pod) -> Result<Instance, String> {
     let mut ebpf = EbpfLoader::new()
         // The programs have no CO-RE relocations, so the kernel's types are not needed.
         .btf(None)
-        .default_map_pin_directory(maps)
-        .map_pin_path(LOG_MAP, maps.join(LOG_MAP))
+        .default_map_pin_directory(folder)
+        .map_pin_path(maps::LOGS, folder.join(maps::LOGS))
+        .map_pin_path(maps::LANES, folder.join(maps::LANES))
         .override_global(globals::POD, pod, true)
         .load(OBJECT)
         .map_err(|error| chain(&error))?;
@@ -295,6 +299,7 @@ fn instance(maps: &Path, pod: &Pod) -> Result<Instance, String> {
         let loaded: Result<(), ProgramError> = match program {
             Program::CgroupSockAddr(program) => program.load(),
             Program::SkLookup(program) => program.load(),
+            Program::SockOps(program) => program.load(),
             _ => return Err(format!("program {name} is of another type")),
         };
         loaded.map_err(|error| format!("program {name}: {}", chain(&error)))?;
@@ -303,8 +308,8 @@ fn instance(maps: &Path, pod: &Pod) -> Result<Instance, String> {
         let info = kernel::program_info(&fd).map_err(|error| format!("program {name}: {error}"))?;
         Ok((fd, info))
     };
-    let [lookup, connect4, connect6, sendmsg4, sendmsg6] = PROGRAMS.map(|(name, _)| name);
-    Ok(Instance { programs: [load(lookup)?, load(connect4)?, load(connect6)?, load(sendmsg4)?, load(sendmsg6)?] })
+    let programs: Vec<_> = PROGRAMS.iter().map(|(name, _)| load(name)).collect::<Result<_, _>>()?;
+    Ok(Instance { programs: programs.try_into().map_err(|_| "a program is missing".to_owned())? })
 }
 
 /// Size and content of a program's read-only data.

@@ -8,16 +8,25 @@ use std::{
     io,
     net::IpAddr,
     os::fd::AsFd,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
 
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues};
-use heddle_common::{Address, Attestation, Destination, PodCounts, PodGate, Tuple, maps};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf};
+use heddle_common::{
+    Address, Attestation, Destination, LocalEndpoints, Pair, PodCounts, PodGate, Resident, ServicePort, Tuple, Verdict,
+    attested_by, maps,
+};
 
-use super::CaptureError;
+use super::{CaptureError, WorkloadId, kernel};
 
 pub struct Maps {
+    residents: Mutex<HashMap<MapData, Address, Resident>>,
+    verdicts: Mutex<HashMap<MapData, Pair, Verdict>>,
+    denials: Mutex<PerCpuArray<MapData, u64>>,
+    pub services: Mutex<HashMap<MapData, ServicePort, LocalEndpoints>>,
+    events: PathBuf,
+    attested_pin: PathBuf,
     pub destinations: Mutex<HashMap<MapData, Address, Destination>>,
     attested: Mutex<HashMap<MapData, Tuple, Attestation>>,
     listeners: MapData,
@@ -26,6 +35,9 @@ pub struct Maps {
     /// Kernel ids of all of them.
     pub ids: BTreeSet<u32>,
 }
+
+/// `BPF_NOEXIST`: refuse to replace.
+const NO_EXIST: u64 = 1;
 
 impl std::fmt::Debug for Maps {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -47,7 +59,19 @@ impl Maps {
         let listeners = open(maps::LISTENERS)?;
         let gates = open(maps::GATES)?;
         let counts = open(maps::COUNTS)?;
+        let residents = open(maps::RESIDENTS)?;
+        let verdicts = open(maps::VERDICTS)?;
+        let denials = open(maps::DENIALS)?;
+        let services = open(maps::SERVICES)?;
+        open(maps::EVENTS)?;
+        open(maps::LANES)?;
         Ok(Self {
+            residents: Mutex::new(typed(maps::RESIDENTS, residents)?),
+            verdicts: Mutex::new(typed(maps::VERDICTS, verdicts)?),
+            denials: Mutex::new(typed(maps::DENIALS, denials)?),
+            services: Mutex::new(typed(maps::SERVICES, services)?),
+            events: folder.join(maps::EVENTS),
+            attested_pin: folder.join(maps::ATTESTED),
             destinations: Mutex::new(typed(maps::DESTINATIONS, destinations)?),
             attested: Mutex::new(typed(maps::ATTESTED, attested)?),
             listeners,
@@ -83,13 +107,16 @@ impl Maps {
         counts.set(slot, zeros, 0).map_err(failed(maps::COUNTS))
     }
 
-    /// Vouches for a connection until the result is dropped. `Err(None)`: the table is full.
-    pub fn attest(&self, tuple: Tuple, attestation: Attestation) -> Result<Attested<'_>, Option<CaptureError>> {
+    /// Vouches for a connection until the result is dropped.
+    pub fn attest(&self, tuple: Tuple, attestation: Attestation) -> Result<Attested<'_>, NotAttested> {
         let mut attested = self.attested.lock().unwrap_or_else(PoisonError::into_inner);
-        match attested.insert(tuple, attestation, 0) {
+        match attested.insert(tuple, attestation, NO_EXIST) {
             Ok(()) => Ok(Attested { maps: self, tuple }),
-            Err(error) if os_error(&error) == Some(libc::E2BIG) => Err(None),
-            Err(error) => Err(Some(failed(maps::ATTESTED)(error))),
+            Err(error) => Err(match os_error(&error) {
+                Some(libc::E2BIG) => NotAttested::Full,
+                Some(libc::EEXIST) => NotAttested::Taken,
+                _ => NotAttested::Failed(failed(maps::ATTESTED)(error)),
+            }),
         }
     }
 
@@ -108,10 +135,100 @@ impl Maps {
         Ok(found.len())
     }
 
-    #[cfg(test)]
-    pub fn attested_count(&self) -> usize {
-        self.attested.lock().unwrap().keys().count()
+    /// The entry of one connection.
+    pub fn attested(&self, tuple: &Tuple) -> Option<Attestation> {
+        self.attested.lock().unwrap_or_else(PoisonError::into_inner).get(tuple, 0).ok()
     }
+
+    /// Every attested connection, read bucket by bucket: an entry that is there throughout is not missed.
+    pub fn all_attested(&self) -> Result<Vec<(Tuple, Attestation)>, CaptureError> {
+        let map = kernel::open_pin(&self.attested_pin).map_err(unread(maps::ATTESTED))?;
+        kernel::read_all(&map).map_err(unread(maps::ATTESTED))
+    }
+
+    /// Names the pod at its addresses, for the kernel lane.
+    pub fn put_resident(&self, workload: WorkloadId, slot: u32, addresses: &[IpAddr]) -> Result<(), CaptureError> {
+        let mut residents = self.residents.lock().unwrap_or_else(PoisonError::into_inner);
+        for address in addresses {
+            let resident = Resident { workload: workload.0, slot, padding: 0 };
+            residents.insert(key(*address), resident, 0).map_err(failed(maps::RESIDENTS))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the pod's name off those addresses that are still its own.
+    pub fn remove_resident<'a>(
+        &self,
+        workload: WorkloadId,
+        addresses: impl IntoIterator<Item = &'a IpAddr>,
+    ) -> Result<(), CaptureError> {
+        let mut residents = self.residents.lock().unwrap_or_else(PoisonError::into_inner);
+        for address in addresses {
+            let address = key(*address);
+            match residents.get(&address, 0) {
+                Ok(resident) if resident.workload == workload.0 => {
+                    ignore_absent(residents.remove(&address)).map_err(failed(maps::RESIDENTS))?;
+                }
+                Ok(_) | Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(failed(maps::RESIDENTS)(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what the kernel lane knows of a pod that is gone: verdicts, and connections that its programs tell nothing of
+    /// any more.
+    pub fn forget(&self, workload: WorkloadId) -> Result<(), CaptureError> {
+        let of = |one: u64, other: u64| one == workload.0 || other == workload.0;
+        for (pair, _) in self.verdicts()?.iter().filter(|(pair, _)| of(pair.source, pair.destination)) {
+            self.remove_verdict(pair)?;
+        }
+        self.sweep_attested(|by| by.by == attested_by::KERNEL && of(by.source, by.destination)).map(drop)
+    }
+
+    /// Every verdict.
+    pub fn verdicts(&self) -> Result<Vec<(Pair, Verdict)>, CaptureError> {
+        let verdicts = self.verdicts.lock().unwrap_or_else(PoisonError::into_inner);
+        verdicts.iter().collect::<Result<_, _>>().map_err(failed(maps::VERDICTS))
+    }
+
+    /// Whether there was room for it.
+    pub fn put_verdict(&self, pair: Pair, verdict: Verdict) -> Result<bool, CaptureError> {
+        let mut verdicts = self.verdicts.lock().unwrap_or_else(PoisonError::into_inner);
+        match verdicts.insert(pair, verdict, 0) {
+            Ok(()) => Ok(true),
+            Err(error) if os_error(&error) == Some(libc::E2BIG) => Ok(false),
+            Err(error) => Err(failed(maps::VERDICTS)(error)),
+        }
+    }
+
+    pub fn remove_verdict(&self, pair: &Pair) -> Result<(), CaptureError> {
+        let mut verdicts = self.verdicts.lock().unwrap_or_else(PoisonError::into_inner);
+        ignore_absent(verdicts.remove(pair)).map_err(failed(maps::VERDICTS))
+    }
+
+    /// How often a denial was applied, summed over the CPUs.
+    pub fn denial(&self, counter: u32) -> Result<u64, CaptureError> {
+        let denials = self.denials.lock().unwrap_or_else(PoisonError::into_inner);
+        let values = denials.get(&counter, 0).map_err(failed(maps::DENIALS))?;
+        Ok(values.iter().fold(0, |sum, one| sum.wrapping_add(*one)))
+    }
+
+    /// The ring of ended connections. Its reading position is the map's own: one reader at a time.
+    pub fn events(&self) -> Result<RingBuf<MapData>, CaptureError> {
+        let data = MapData::from_pin(&self.events).map_err(failed(maps::EVENTS))?;
+        typed(maps::EVENTS, data)
+    }
+}
+
+/// Why nobody vouches for a connection.
+#[derive(Debug)]
+pub enum NotAttested {
+    /// The table is full.
+    Full,
+    /// Someone vouches for one of the same 4-tuple.
+    Taken,
+    Failed(CaptureError),
 }
 
 /// An entry of `ATTESTED` that goes with this value.
@@ -145,6 +262,10 @@ fn typed<T: TryFrom<Map, Error = MapError>>(name: &'static str, data: MapData) -
 
 pub fn failed(map: &'static str) -> impl Fn(MapError) -> CaptureError {
     move |error| CaptureError::Map { map, detail: chain(&error) }
+}
+
+fn unread(map: &'static str) -> impl Fn(io::Error) -> CaptureError {
+    move |error| CaptureError::Map { map, detail: error.to_string() }
 }
 
 /// An error with its causes.

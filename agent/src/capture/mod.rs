@@ -13,6 +13,7 @@ mod error;
 pub(crate) mod fuzzing;
 mod handle;
 mod kernel;
+mod lane;
 mod load;
 mod maps;
 mod messages;
@@ -33,4 +34,5 @@ pub use handle::{
     Attached, AttachedProgram, Caller, CaptureConfig, CaptureError, Delivery, Handle, Occupied, PodSpec, PodState,
     PodStatus, ProbeCommand, ProbeToken,
 };
+pub use lane::{EndedRing, Lane, ResidentPod, WorkloadId};
 pub use socket::{TcpHealth, tcp_health};

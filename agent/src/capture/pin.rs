@@ -1,4 +1,4 @@
-//! What outlives the agent, in bpffs: `<folder>/v<layout version>/{maps/<NAME>, pods/<uid>/{connect4,connect6,lookup,sendmsg4,sendmsg6,record}}`.
+//! What outlives the agent, in bpffs: `<folder>/v<layout version>/{maps/<NAME>, pods/<uid>/{<program>,…,record}}`.
 //!
 //! The record says what a later agent must know of a pod to adopt it or to clean up after it. It is the target of a symbolic
 //! link, as bpffs holds no other text. Only this module knows paths; nothing here touches a pod. A record is a hint for
@@ -18,7 +18,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::CaptureError;
+use super::{CaptureError, WorkloadId};
 
 /// `BPF_FS_MAGIC` of `include/uapi/linux/magic.h`.
 const BPFFS: FsType = FsType(0xcafe_4a11);
@@ -34,6 +34,8 @@ pub struct Record {
     pub uid: String,
     pub name: String,
     pub slot: u32,
+    /// The kernel lane's name for the pod, never given to another.
+    pub workload: WorkloadId,
     pub addresses: Vec<IpAddr>,
     pub netns: PathBuf,
     /// Tells this netns from a later one at the same path.
@@ -217,6 +219,7 @@ mod tests {
             uid: "u".repeat(320),
             name: "n".repeat(320),
             slot: u32::MAX,
+            workload: WorkloadId(u64::MAX),
             addresses: vec!["2001:db8:ffff:ffff:ffff:ffff:ffff:ffff".parse().unwrap(); 4],
             netns: PathBuf::from("/run/netns/".to_owned() + &"x".repeat(255)),
             netns_inode: u64::MAX,

@@ -12,7 +12,7 @@ use std::{
 use heddle_common::MAX_PODS;
 
 use super::{
-    CaptureConfig, CaptureError, PodSpec, PodState, ProbeToken,
+    CaptureConfig, CaptureError, PodSpec, PodState, ProbeToken, WorkloadId,
     destinations::Destinations,
     load::{Cgroup, Object, ProgramIds},
     maps::Maps,
@@ -106,6 +106,9 @@ struct Inner {
 pub struct Live {
     pub spec: PodSpec,
     pub slot: u32,
+    pub workload: WorkloadId,
+    /// Cookie of the netns; `None` where the kernel has none to tell, and then the pod is not on the kernel lane.
+    pub cookie: Option<u64>,
     pub netns: Arc<Netns>,
     pub cgroup: Arc<Cgroup>,
     pub programs: ProgramIds,
@@ -121,12 +124,10 @@ impl Live {
 
 impl Pod {
     fn new(spec: &PodSpec) -> std::io::Result<Self> {
-        let mut token = [0; 16];
-        std::fs::File::open("/dev/urandom")?.read_exact(&mut token)?;
         Ok(Self {
             uid: Arc::clone(&spec.uid),
             turn: tokio::sync::Mutex::new(()),
-            token: ProbeToken(token),
+            token: ProbeToken(random()?),
             occupancy: Arc::default(),
             inner: RwLock::new(Inner {
                 name: Arc::clone(&spec.name),
@@ -189,6 +190,13 @@ impl Pod {
             inner.listener = None;
         });
     }
+}
+
+/// Bytes that nobody can guess and that come no second time.
+pub fn random<const BYTES: usize>() -> std::io::Result<[u8; BYTES]> {
+    let mut bytes = [0; BYTES];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Which pod has which slot.

@@ -24,7 +24,7 @@ use super::{
 use crate::{
     life::limits,
     policy::Denial,
-    tunnel::{Direction, End, Flow, Security},
+    tunnel::{Direction, End, Flow},
 };
 
 /// How lines look.

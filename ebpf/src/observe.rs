@@ -1,0 +1,333 @@
+//! `sockops`: vouches for the pod's connections on the kernel lane before their SYN leaves, and tells what became of them.
+//!
+//! Beside the journey, on every TCP socket of the pod's cgroup; sockets that are not on the lane pass at once. The source's
+//! side makes the entry, each side writes its own part of it, and the last to close takes it out. It must never vouch for
+//! an address that is not the pod's own, and never let a full table be taken for a good word: then the agent gets the SYN.
+
+use core::{ffi::c_void, mem::size_of, ptr};
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{
+        BPF_ANY, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RTT_CB,
+        BPF_SOCK_OPS_RTT_CB_FLAG, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
+        BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK, SO_MARK, bpf_sock,
+        bpf_sock_ops,
+    },
+    helpers::{bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_setsockopt, bpf_sock_ops_cb_flags_set},
+    programs::SockOpsContext,
+};
+use heddle_common::{
+    Attestation, EVENTS_BYTES, Ended, Lane, MARK, PROGRESS_NANOSECONDS, PodCounts, Tuple, attested_by, end, side,
+};
+
+use crate::{
+    address::{self, AF_INET, Ip, word, words},
+    maps,
+};
+
+/// The only verdict of a `sockops` program.
+const PROCEED: u32 = 1;
+
+const SOL_SOCKET: i32 = 1;
+/// Shift of the smoothed round-trip time that TCP keeps.
+const SRTT_SHIFT: u32 = 3;
+/// `BPF_RB_AVAIL_DATA`.
+const RING_UNREAD: u64 = 0;
+
+#[inline(always)]
+pub fn observe(ctx: &SockOpsContext) -> u32 {
+    // SAFETY: the kernel gives a valid context.
+    let op = unsafe { word!(ctx.ops, bpf_sock_ops, op) };
+    match op {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => opens(ctx),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ctx),
+        BPF_SOCK_OPS_STATE_CB => changes(ctx),
+        BPF_SOCK_OPS_RTT_CB => progresses(ctx),
+        _ => {}
+    }
+    PROCEED
+}
+
+/// The socket and what is kept of it.
+#[inline(always)]
+fn lane(ctx: &SockOpsContext) -> Option<(*mut bpf_sock, *mut Lane)> {
+    // SAFETY: the kernel gives a valid context, and with it a full socket or none.
+    unsafe {
+        let socket = (*ctx.ops).__bindgen_anon_2.sk;
+        if socket.is_null() {
+            return None;
+        }
+        let lane = maps::lane(socket);
+        (!lane.is_null()).then_some((socket, lane))
+    }
+}
+
+/// The connection as its destination sees it.
+#[inline(always)]
+fn tuple(ctx: &SockOpsContext, of: u32) -> Tuple {
+    let ops = ctx.ops;
+    // SAFETY: the kernel gives a valid context. The remote port is in network order, in the upper half of its word on
+    // little-endian machines.
+    let (local, remote, local_port, remote_port) = unsafe {
+        let (local, remote) = if word!(ops, bpf_sock_ops, family) == AF_INET {
+            (Ip::v4(word!(ops, bpf_sock_ops, local_ip4)), Ip::v4(word!(ops, bpf_sock_ops, remote_ip4)))
+        } else {
+            (Ip::v6(words!(ops, bpf_sock_ops, local_ip6)), Ip::v6(words!(ops, bpf_sock_ops, remote_ip6)))
+        };
+        let remote_port = u16::from_be((word!(ops, bpf_sock_ops, remote_port) >> 16) as u16);
+        (local, remote, word!(ops, bpf_sock_ops, local_port) as u16, remote_port)
+    };
+    let (source, destination, source_port, destination_port) = if of == end::SOURCE {
+        (local, remote, local_port, remote_port)
+    } else {
+        (remote, local, remote_port, local_port)
+    };
+    Tuple { source: source.address(), destination: destination.address(), source_port, destination_port, padding: 0 }
+}
+
+/// The pod's socket is about to send its SYN: vouches for it.
+#[inline(always)]
+fn opens(ctx: &SockOpsContext) {
+    let Some((_, lane)) = lane(ctx) else { return };
+    // SAFETY: the storage is this socket's, which the caller holds locked.
+    let Lane { end, destination, slot, service, service_port, .. } = unsafe { *lane };
+    if end != end::SOURCE {
+        return;
+    }
+    let tuple = tuple(ctx, end::SOURCE);
+    if let Some(earlier) = maps::ATTESTED.get_ptr_mut(tuple) {
+        // SAFETY: a live entry of the map. The kernel gave the port to this socket, so the earlier one is over.
+        unsafe {
+            if (*earlier).by == attested_by::KERNEL {
+                finish(&tuple, earlier);
+            }
+        }
+    }
+    // SAFETY: the helpers take the context that the kernel gave, or nothing.
+    let (id, now) = unsafe { (bpf_get_socket_cookie(ctx.as_ptr()), bpf_ktime_get_ns()) };
+    let attestation = Attestation {
+        slot,
+        by: attested_by::KERNEL,
+        source: maps::workload(),
+        destination,
+        id,
+        opened: now,
+        service: Ip::from_address(service).address(),
+        service_port,
+        padding: 0,
+        source_state: 0,
+        destination_state: 0,
+        source_rtt_us: 0,
+        destination_rtt_us: 0,
+        source_retransmissions: 0,
+        destination_retransmissions: 0,
+        padding_2: 0,
+        sent: 0,
+        received: 0,
+    };
+    let own = maps::is_own(Ip::from_address(tuple.source));
+    if !own || maps::ATTESTED.insert(tuple, attestation, u64::from(BPF_ANY)).is_err() {
+        maps::count(core::mem::offset_of!(PodCounts, lane_full));
+        // SAFETY: as above.
+        unsafe { (*lane).end = end::NONE };
+        return to_the_agent(ctx);
+    }
+    // SAFETY: as above.
+    unsafe {
+        (*lane).id = id;
+        (*lane).looked = now;
+        (*lane).state = 0;
+    }
+    watch(ctx);
+}
+
+/// Marks the socket, so that its SYN takes the local route after all: TCP asks for the route again once the mark changed.
+#[inline(always)]
+fn to_the_agent(ctx: &SockOpsContext) {
+    let mut mark = MARK;
+    // SAFETY: `mark` lives on this stack for the call. Should it fail, the SYN is not attested, and `lookup` gives it to the
+    // destination's agent as what it is: plaintext of nobody.
+    let _unattested = unsafe {
+        bpf_setsockopt(
+            ctx.as_ptr(),
+            SOL_SOCKET,
+            SO_MARK as i32,
+            (&raw mut mark).cast::<c_void>(),
+            size_of::<u32>() as i32,
+        )
+    };
+}
+
+/// Asks for the callbacks that tell of progress and end.
+#[inline(always)]
+fn watch(ctx: &SockOpsContext) {
+    // SAFETY: the kernel gives a valid context.
+    unsafe {
+        let flags =
+            word!(ctx.ops, bpf_sock_ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG;
+        // It fails for a socket that is none, and then there is nothing to watch.
+        let _none = bpf_sock_ops_cb_flags_set(ctx.ops, flags as i32);
+    }
+}
+
+/// A connection came to the pod and its handshake is complete.
+#[inline(always)]
+fn accepted(ctx: &SockOpsContext) {
+    let tuple = tuple(ctx, end::DESTINATION);
+    let Some(entry) = maps::ATTESTED.get_ptr_mut(tuple) else { return };
+    // SAFETY: a live entry of the map; the destination's side writes its own fields alone. The socket is the context's, and
+    // full as its handshake is complete.
+    unsafe {
+        if (*entry).by != attested_by::KERNEL || (*entry).destination != maps::workload() {
+            return;
+        }
+        let socket = (*ctx.ops).__bindgen_anon_2.sk;
+        let lane = if socket.is_null() { ptr::null_mut() } else { maps::make_lane(socket) };
+        if lane.is_null() {
+            // Without memory for it nobody will tell of this side's end.
+            (*entry).destination_state = side::ESTABLISHED | side::CLOSED;
+            return;
+        }
+        (*entry).destination_state = side::ESTABLISHED;
+        (*lane).id = (*entry).id;
+        (*lane).looked = bpf_ktime_get_ns();
+        (*lane).state = side::ESTABLISHED;
+        (*lane).end = end::DESTINATION;
+    }
+    watch(ctx);
+}
+
+/// A socket of the lane goes on to another state.
+#[inline(always)]
+fn changes(ctx: &SockOpsContext) {
+    let Some((_, lane)) = lane(ctx) else { return };
+    // SAFETY: the kernel gives a valid context, with the old and the new state; the storage is this socket's.
+    unsafe {
+        if (*lane).end == end::NONE {
+            return;
+        }
+        let [old, new, ..] = words!(ctx.ops, bpf_sock_ops, __bindgen_anon_1);
+        match new {
+            BPF_TCP_ESTABLISHED => (*lane).state |= side::ESTABLISHED,
+            BPF_TCP_FIN_WAIT1 | BPF_TCP_LAST_ACK => (*lane).state |= side::FINISHED,
+            BPF_TCP_FIN_WAIT2 => (*lane).state |= side::ACKNOWLEDGED,
+            BPF_TCP_CLOSE => {
+                let everything = word!(ctx.ops, bpf_sock_ops, snd_una) == word!(ctx.ops, bpf_sock_ops, snd_nxt);
+                if (*lane).state & side::FINISHED != 0 && old != BPF_TCP_FIN_WAIT1 && everything {
+                    (*lane).state |= side::ACKNOWLEDGED;
+                }
+                (*lane).state |= side::CLOSED;
+                let tuple = tuple(ctx, (*lane).end);
+                if let Some(entry) = tell(ctx, lane, &tuple)
+                    && is_over(&*entry)
+                {
+                    finish(&tuple, entry);
+                }
+                (*lane).end = end::NONE;
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A round trip was measured: now and then a look at the bytes.
+#[inline(always)]
+fn progresses(ctx: &SockOpsContext) {
+    let Some((_, lane)) = lane(ctx) else { return };
+    // SAFETY: the helper takes nothing; the storage is this socket's.
+    unsafe {
+        let now = bpf_ktime_get_ns();
+        if (*lane).end == end::NONE || now.wrapping_sub((*lane).looked) < PROGRESS_NANOSECONDS {
+            return;
+        }
+        (*lane).looked = now;
+        let tuple = tuple(ctx, (*lane).end);
+        tell(ctx, lane, &tuple);
+    }
+}
+
+/// Writes this side's part of the entry, if it still is this connection's.
+///
+/// # Safety
+/// `lane` is the storage of the context's socket.
+#[inline(always)]
+unsafe fn tell(ctx: &SockOpsContext, lane: *mut Lane, tuple: &Tuple) -> Option<*mut Attestation> {
+    let entry = maps::ATTESTED.get_ptr_mut(tuple)?;
+    // SAFETY: a live entry of the map, of which each side writes its own fields; the kernel gives a valid context.
+    unsafe {
+        if (*entry).by != attested_by::KERNEL || (*entry).id != (*lane).id {
+            return None;
+        }
+        let state = (*lane).state;
+        let acknowledged = address::load_u64::<{ core::mem::offset_of!(bpf_sock_ops, bytes_acked) }, _>(ctx.ops);
+        // TCP counts SYN and FIN as a byte each; the SYN only of the side that connected.
+        let syn = u64::from((*lane).end == end::SOURCE && state & side::ESTABLISHED != 0);
+        let fin = u64::from(state & side::ACKNOWLEDGED != 0);
+        let bytes = acknowledged.saturating_sub(syn + fin);
+        let rtt = word!(ctx.ops, bpf_sock_ops, srtt_us) >> SRTT_SHIFT;
+        let retransmissions = word!(ctx.ops, bpf_sock_ops, total_retrans);
+        if (*lane).end == end::SOURCE {
+            (*entry).sent = bytes;
+            (*entry).source_rtt_us = rtt;
+            (*entry).source_retransmissions = retransmissions;
+            (*entry).source_state = state;
+        } else {
+            (*entry).received = bytes;
+            (*entry).destination_rtt_us = rtt;
+            (*entry).destination_retransmissions = retransmissions;
+            (*entry).destination_state = state;
+        }
+    }
+    Some(entry)
+}
+
+/// Whether nobody will tell any more: both sides are closed, or the source's is and the destination never took it.
+#[inline(always)]
+fn is_over(entry: &Attestation) -> bool {
+    let destination = entry.destination_state;
+    let source = entry.source_state & side::CLOSED != 0;
+    source && (destination & side::CLOSED != 0 || destination & side::ESTABLISHED == 0)
+}
+
+/// Copies word by word: left to itself, the compiler copies addresses octet by octet.
+///
+/// # Safety
+/// Both are live, of whole words and aligned to them, and don't overlap.
+#[inline(always)]
+unsafe fn copy<T>(from: *const T, to: *mut T) {
+    let words = size_of::<T>() / size_of::<u32>();
+    let mut at = 0;
+    while at < words {
+        // SAFETY: the caller's promise. Volatile, or the loop would become a call of `memcpy`.
+        unsafe { to.cast::<u32>().add(at).write_volatile(from.cast::<u32>().add(at).read_volatile()) };
+        at += 1;
+    }
+}
+
+/// Takes the entry out and tells of it. Of two sides that close at once, the one that takes it out does.
+///
+/// # Safety
+/// `entry` is the live entry of `tuple`.
+#[inline(always)]
+unsafe fn finish(tuple: &Tuple, entry: *mut Attestation) {
+    // SAFETY: the helper takes nothing; the entry is live until it is removed below.
+    unsafe {
+        let Some(mut record) = maps::EVENTS.reserve::<Ended>(0) else {
+            if maps::ATTESTED.remove(tuple).is_ok() {
+                maps::count(core::mem::offset_of!(PodCounts, events_lost));
+            }
+            return;
+        };
+        let place = record.as_mut_ptr();
+        copy(ptr::from_ref(tuple), &raw mut (*place).tuple);
+        copy(entry.cast_const(), &raw mut (*place).attestation);
+        (*place).closed = bpf_ktime_get_ns();
+        if maps::ATTESTED.remove(tuple).is_err() {
+            return record.discard(u64::from(BPF_RB_NO_WAKEUP));
+        }
+        // The reader comes by itself; it is called only where the ring fills faster than that.
+        let crowded = maps::EVENTS.query(RING_UNREAD) > u64::from(EVENTS_BYTES / 4);
+        record.submit(u64::from(if crowded { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP }));
+    }
+}
