@@ -162,9 +162,11 @@ impl fmt::Debug for EndedRing {
     }
 }
 
-impl EndedRing {
-    /// The next record, if there is one. No system call.
-    pub fn next(&mut self) -> Option<Ended> {
+/// The records that are there now. No system call.
+impl Iterator for EndedRing {
+    type Item = Ended;
+
+    fn next(&mut self) -> Option<Ended> {
         loop {
             let item = self.ring.get_mut().next()?;
             if let Some(ended) = kernel::read_record(&item) {
@@ -172,7 +174,9 @@ impl EndedRing {
             }
         }
     }
+}
 
+impl EndedRing {
     /// Waits until the kernel says that records wait in numbers; it is silent about a few.
     ///
     /// # Errors
