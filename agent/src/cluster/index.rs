@@ -12,13 +12,15 @@ use std::{
 use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 
 use super::{
-    AnnotatedPlaces, Locality, Objects, Places, PolicyGap, Snapshot, Unattended, Warning, Workload,
+    AnnotatedPlaces, Locality, Objects, Places, PolicyGap, SameNode, Snapshot, Unattended, Warning, Workload,
     enrolment::{self, Wish},
     naming, services,
 };
 
 /// Annotation on a pod: `open` or `closed`.
 const WHEN_UNATTENDED: &str = "heddle.dev/when-unattended";
+/// Annotation on a namespace or pod: `mtls` or `kernel`.
+const SAME_NODE: &str = "heddle.dev/same-node";
 
 /// Label of a node.
 const REGION: &str = "topology.kubernetes.io/region";
@@ -55,11 +57,14 @@ pub fn index(parts: &[Arc<Objects>], settings: &Settings, generation: u64) -> Sn
     let mut holders: HashMap<IpAddr, (&Pod, Arc<Workload>)> = HashMap::with_capacity(pods.len());
     for namespace in namespaces.values() {
         warn_of_unclear_wish("Namespace", &namespace.metadata, &mut warnings);
+        if let Err(message) = same_node(&namespace.metadata) {
+            let object = object("Namespace", &namespace.metadata);
+            warnings.push(Warning { object, field: "metadata.annotations", message });
+        }
     }
     for pod in pods.values() {
-        let labels =
-            namespaces.get(&("", namespace_of(&pod.metadata))).and_then(|found| found.metadata.labels.as_ref());
-        let Some(mut workload) = workload(pod, labels, settings, &mut warnings) else { continue };
+        let namespace = namespaces.get(&("", namespace_of(&pod.metadata))).map(|found| &found.metadata);
+        let Some(mut workload) = workload(pod, namespace, settings, &mut warnings) else { continue };
         if workloads.contains_key(&workload.uid) {
             let message = format!("uid {} is another pod's: known as namespace/name instead", workload.uid);
             warnings.push(Warning { object: object("Pod", &pod.metadata), field: "metadata.uid", message });
@@ -191,7 +196,7 @@ fn hold<'a>(
 /// The record of a pod; `None` while it has no address, and once it is finished.
 fn workload(
     pod: &Pod,
-    namespace_labels: Option<&BTreeMap<String, String>>,
+    namespace: Option<&ObjectMeta>,
     settings: &Settings,
     warnings: &mut Vec<Warning>,
 ) -> Option<Workload> {
@@ -217,11 +222,12 @@ fn workload(
         node: non_empty(spec.and_then(|spec| spec.node_name.as_ref())).unwrap_or_default().into(),
         addresses,
         labels: pod.metadata.labels.clone().unwrap_or_default(),
-        enrolled: enrolment::enrolled(pod, namespace_labels),
+        enrolled: enrolment::enrolled(pod, namespace.and_then(|namespace| namespace.labels.as_ref())),
         host_network: enrolment::host_network(pod),
         ready: status.conditions.iter().flatten().any(ready),
         terminating: pod.metadata.deletion_timestamp.is_some(),
         when_unattended: when_unattended(pod, warnings),
+        same_node: same_node_of(pod, namespace, warnings),
         naming: naming::name(pod),
         place: settings.places.locate(pod),
     })
@@ -249,6 +255,31 @@ fn when_unattended(pod: &Pod, warnings: &mut Vec<Warning>) -> Unattended {
             let message = format!("{WHEN_UNATTENDED}: {other:?} is neither open nor closed: taken as closed");
             warnings.push(Warning { object: object("Pod", &pod.metadata), field: "metadata.annotations", message });
             Unattended::Closed
+        }
+    }
+}
+
+/// The pod's word, else its namespace's. What is said badly means the one that asks more: mutual TLS.
+fn same_node_of(pod: &Pod, namespace: Option<&ObjectMeta>, warnings: &mut Vec<Warning>) -> SameNode {
+    match same_node(&pod.metadata) {
+        Ok(Some(said)) => said,
+        // An unclear word of the namespace is warned of once, with the namespace.
+        Ok(None) => namespace.map_or(Ok(None), same_node).unwrap_or(Some(SameNode::Mtls)).unwrap_or_default(),
+        Err(message) => {
+            warnings.push(Warning { object: object("Pod", &pod.metadata), field: "metadata.annotations", message });
+            SameNode::Mtls
+        }
+    }
+}
+
+/// What the annotation says; `Err` is what is wrong with it.
+fn same_node(metadata: &ObjectMeta) -> Result<Option<SameNode>, String> {
+    match metadata.annotations.as_ref().and_then(|annotations| annotations.get(SAME_NODE)).map(String::as_str) {
+        None => Ok(None),
+        Some("kernel") => Ok(Some(SameNode::Kernel)),
+        Some("mtls") => Ok(Some(SameNode::Mtls)),
+        Some(other) => {
+            Err(format!("{SAME_NODE}: {other:?} is neither mtls nor kernel: taken as mtls; write one of the two"))
         }
     }
 }

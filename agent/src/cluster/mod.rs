@@ -6,6 +6,7 @@
 //! files ── manifests ── read ──► Objects ── index ──► Snapshot ── View ──► every other stage
 //! ```
 
+mod endpoints;
 mod enrolment;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
@@ -20,6 +21,7 @@ mod services;
 mod snapshot;
 mod watch;
 
+pub use endpoints::{Candidate, Unavailable, candidates, on_lane};
 pub use index::{Settings, index};
 pub(crate) use manifests::{Directory, duplicates, list, text};
 pub use manifests::{InForce, ManifestError, Problem};
@@ -27,7 +29,7 @@ pub use objects::Objects;
 pub use places::{AnnotatedPlaces, Places};
 pub(crate) use read::{Found, Manifest, read};
 pub use snapshot::{
-    Endpoint, InvalidPolicy, Locality, Naming, Place, PolicyGap, PolicyKind, Service, ServicePort, Snapshot,
-    Unattended, View, Warning, Workload,
+    Distribution, Endpoint, InvalidPolicy, Locality, Naming, Place, PolicyGap, PolicyKind, SameNode, Service,
+    ServicePort, Snapshot, Unattended, View, Warning, Workload,
 };
 pub use watch::{Source, SourceError};

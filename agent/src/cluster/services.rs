@@ -1,6 +1,6 @@
 //! Services and their EndpointSlices, joined.
 //!
-//! Every endpoint is kept, with its conditions: choosing among them is the tunnel's. UDP and SCTP ports are not heddle's.
+//! Every endpoint is kept, with its conditions: `endpoints` says which of them may be chosen. UDP and SCTP ports are not heddle's.
 
 use std::{
     collections::{BTreeMap, HashMap, btree_map::Entry},
@@ -14,7 +14,7 @@ use k8s_openapi::api::{
 };
 
 use super::{
-    Endpoint, Objects, Service, ServicePort, Settings, Warning,
+    Distribution, Endpoint, Objects, Service, ServicePort, Settings, Warning,
     index::{ByName, age, by_name, name_of, namespace_of, object, qualified},
 };
 
@@ -43,7 +43,7 @@ pub(super) fn index(
     for kube in oldest_first {
         let key = (namespace_of(&kube.metadata), name_of(&kube.metadata));
         let endpoints = endpoints.remove(&key).unwrap_or_default().into_values().collect();
-        let service = Arc::new(service(kube, endpoints, settings));
+        let service = Arc::new(service(kube, endpoints, settings, warnings));
         for address in &service.cluster_addresses {
             if let Some(holder) = by_address.get(address) {
                 let message = format!(
@@ -60,7 +60,7 @@ pub(super) fn index(
     (services, by_address)
 }
 
-fn service(kube: &KubeService, endpoints: Vec<Endpoint>, settings: &Settings) -> Service {
+fn service(kube: &KubeService, endpoints: Vec<Endpoint>, settings: &Settings, warnings: &mut Vec<Warning>) -> Service {
     let spec = kube.spec.as_ref();
     let external = spec.and_then(|spec| spec.type_.as_deref()) == Some("ExternalName");
     let written = spec.map(|spec| spec.cluster_ips.iter().flatten().chain(spec.cluster_ip.as_ref()));
@@ -86,6 +86,39 @@ fn service(kube: &KubeService, endpoints: Vec<Endpoint>, settings: &Settings) ->
             })
             .collect(),
         endpoints,
+        local_only: local_only(kube, warnings),
+        distribution: distribution(kube, warnings),
+        publish_not_ready: spec.and_then(|spec| spec.publish_not_ready_addresses).unwrap_or(false),
+    }
+}
+
+/// Whether only endpoints of the client's node count.
+fn local_only(kube: &KubeService, warnings: &mut Vec<Warning>) -> bool {
+    match kube.spec.as_ref().and_then(|spec| spec.internal_traffic_policy.as_deref()) {
+        None | Some("Cluster") => false,
+        Some("Local") => true,
+        Some(other) => {
+            let message = format!("{other:?} is neither Cluster nor Local: taken as Cluster");
+            let object = object("Service", &kube.metadata);
+            warnings.push(Warning { object, field: "spec.internalTrafficPolicy", message });
+            false
+        }
+    }
+}
+
+fn distribution(kube: &KubeService, warnings: &mut Vec<Warning>) -> Distribution {
+    match kube.spec.as_ref().and_then(|spec| spec.traffic_distribution.as_deref()) {
+        None => Distribution::Even,
+        Some("PreferClose" | "PreferSameZone") => Distribution::SameZone,
+        Some("PreferSameNode") => Distribution::SameNode,
+        Some(other) => {
+            let message = format!(
+                "{other:?} is none of PreferSameZone, PreferSameNode and PreferClose: taken as absent, every endpoint alike"
+            );
+            let object = object("Service", &kube.metadata);
+            warnings.push(Warning { object, field: "spec.trafficDistribution", message });
+            Distribution::Even
+        }
     }
 }
 

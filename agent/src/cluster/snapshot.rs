@@ -164,6 +164,7 @@ pub struct Workload {
     /// `metadata.deletionTimestamp` is set.
     pub terminating: bool,
     pub when_unattended: Unattended,
+    pub same_node: SameNode,
     /// Names for telemetry, derived from labels and owner as Istio does.
     pub naming: Naming,
     /// Where the node keeps the pod, as far as a manifest can say it.
@@ -187,6 +188,7 @@ impl Workload {
             ready: true,
             terminating: false,
             when_unattended: Unattended::Closed,
+            same_node: SameNode::Kernel,
             naming: Naming::default(),
             place: None,
         }
@@ -201,6 +203,16 @@ pub enum Unattended {
     Closed,
     /// Let them pass as if the pod were not enrolled (`heddle.dev/when-unattended: open`).
     Open,
+}
+
+/// What protects a pod's connections with other enrolled pods of its node.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SameNode {
+    /// The kernel attests who connects, and no byte leaves the host.
+    #[default]
+    Kernel,
+    /// Mutual TLS, as between nodes (`heddle.dev/same-node: mtls`).
+    Mtls,
 }
 
 /// How telemetry calls a workload. Empty means unknown.
@@ -236,8 +248,43 @@ pub struct Service {
     /// `spec.clusterIPs`, without `None`.
     pub cluster_addresses: Vec<IpAddr>,
     pub ports: Vec<ServicePort>,
-    /// From all EndpointSlices of the Service.
+    /// From all EndpointSlices of the Service. [`super::candidates`] says which of them may be chosen.
     pub endpoints: Vec<Endpoint>,
+    /// `spec.internalTrafficPolicy: Local`: endpoints of the client's node, or none.
+    pub local_only: bool,
+    pub distribution: Distribution,
+    /// `spec.publishNotReadyAddresses`: endpoints count whatever is said of their readiness.
+    pub publish_not_ready: bool,
+}
+
+#[cfg(test)]
+impl Service {
+    /// A Service with neither addresses, ports nor endpoints, for tests.
+    pub fn named(namespace: &str, name: &str) -> Self {
+        Self {
+            name: name.into(),
+            namespace: namespace.into(),
+            hostname: format!("{name}.{namespace}.svc.cluster.local").into(),
+            cluster_addresses: Vec::new(),
+            ports: Vec::new(),
+            endpoints: Vec::new(),
+            local_only: false,
+            distribution: Distribution::Even,
+            publish_not_ready: false,
+        }
+    }
+}
+
+/// Which endpoints are preferred while there are any (`spec.trafficDistribution`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Distribution {
+    /// None.
+    #[default]
+    Even,
+    /// Those of the client's zone (`PreferSameZone`, `PreferClose`).
+    SameZone,
+    /// Those of the client's node, then those of its zone (`PreferSameNode`).
+    SameNode,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

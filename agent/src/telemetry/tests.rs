@@ -53,14 +53,7 @@ pub(super) fn flow(direction: Direction) -> Flow {
         source_principal: Some("spiffe://cluster.local/ns/shop/sa/client".parse().unwrap()),
         destination_workload: Some(workload("server")),
         destination_principal: Some("spiffe://cluster.local/ns/shop/sa/server".parse().unwrap()),
-        destination_service: Some(Arc::new(Service {
-            name: "server".into(),
-            namespace: "shop".into(),
-            hostname: "server.shop.svc.cluster.local".into(),
-            cluster_addresses: vec![],
-            ports: vec![],
-            endpoints: vec![],
-        })),
+        destination_service: Some(Arc::new(Service::named("shop", "server"))),
         trace: Trace::join("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
         session: None,
     }

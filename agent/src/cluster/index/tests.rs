@@ -1,7 +1,7 @@
 use std::{net::IpAddr, path::Path, sync::Arc, time::Instant};
 
 use super::{Settings, index};
-use crate::cluster::{Snapshot, Unattended, Workload, read::read};
+use crate::cluster::{Distribution, SameNode, Snapshot, Unattended, Warning, Workload, read::read};
 
 fn snapshot(text: &str) -> Snapshot {
     let manifest = read(text);
@@ -96,6 +96,40 @@ fn unattended_pods_are_closed_unless_annotated_open() {
     assert_eq!(annotated("open"), Unattended::Open);
     assert_eq!(annotated("closed"), Unattended::Closed);
     assert_eq!(only(&snapshot(&pod("", ""))).when_unattended, Unattended::Closed);
+}
+
+#[test]
+fn same_node_is_said_by_the_pod_else_by_its_namespace_and_an_unclear_word_means_mutual_tls() {
+    let says = |value: &str| match value {
+        "" => String::new(),
+        value => format!(", annotations: {{heddle.dev/same-node: {value}}}"),
+    };
+    let table = [
+        ("", "", SameNode::Kernel, vec![]),
+        ("", "kernel", SameNode::Kernel, vec![]),
+        ("", "mtls", SameNode::Mtls, vec![]),
+        ("mtls", "", SameNode::Mtls, vec![]),
+        ("mtls", "kernel", SameNode::Kernel, vec![]),
+        ("kernel", "mtls", SameNode::Mtls, vec![]),
+        ("kernel", "", SameNode::Kernel, vec![]),
+        ("", "MTLS", SameNode::Mtls, vec!["Pod shop/web"]),
+        ("kernel", "'true'", SameNode::Mtls, vec!["Pod shop/web"]),
+        ("tls", "", SameNode::Mtls, vec!["Namespace shop"]),
+        ("tls", "kernel", SameNode::Kernel, vec!["Namespace shop"]),
+        ("tls", "on", SameNode::Mtls, vec!["Namespace shop", "Pod shop/web"]),
+    ];
+    for (of_namespace, of_pod, expected, warned) in table {
+        let namespace =
+            format!("---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: shop{}}}\n", says(of_namespace));
+        let snapshot = snapshot(&(namespace + &pod(&says(of_pod), "")));
+        assert_eq!(only(&snapshot).same_node, expected, "namespace {of_namespace:?}, pod {of_pod:?}");
+        let objects: Vec<_> = snapshot.warnings.iter().map(|warning| &*warning.object).collect();
+        assert_eq!(objects, warned, "namespace {of_namespace:?}, pod {of_pod:?}");
+        let exact = |warning: &Warning| {
+            warning.field == "metadata.annotations" && warning.message.ends_with("taken as mtls; write one of the two")
+        };
+        assert!(snapshot.warnings.iter().all(exact), "{:?}", snapshot.warnings);
+    }
 }
 
 #[test]
@@ -267,6 +301,29 @@ fn services_join_with_the_endpoints_of_all_their_slices() {
     let ports: Vec<_> = service.endpoints[0].ports.iter().map(|(name, port)| (&**name, *port)).collect();
     assert_eq!(ports, [("http", 8080)]);
     assert_eq!((&*service.endpoints[0].node, &*service.endpoints[0].zone), ("node-1", "z1"));
+}
+
+#[test]
+fn a_service_says_which_endpoints_it_prefers_and_what_it_says_badly_is_warned_of() {
+    let service = |spec: &str| {
+        let snapshot = snapshot(&format!(
+            "{{apiVersion: v1, kind: Service, metadata: {{name: web, namespace: shop}}, spec: {{{spec}}}}}"
+        ));
+        let service = &snapshot.services["shop/web"];
+        let said = (service.local_only, service.distribution, service.publish_not_ready);
+        (said, snapshot.warnings.iter().map(|warning| warning.field).collect::<Vec<_>>())
+    };
+    let even = (false, Distribution::Even, false);
+    let zone = (false, Distribution::SameZone, false);
+    assert_eq!(service(""), (even, vec![]));
+    assert_eq!(service("internalTrafficPolicy: Cluster, publishNotReadyAddresses: false"), (even, vec![]));
+    assert_eq!(service("internalTrafficPolicy: Local"), ((true, Distribution::Even, false), vec![]));
+    assert_eq!(service("trafficDistribution: PreferClose"), (zone, vec![]));
+    assert_eq!(service("trafficDistribution: PreferSameZone"), (zone, vec![]));
+    assert_eq!(service("trafficDistribution: PreferSameNode"), ((false, Distribution::SameNode, false), vec![]));
+    assert_eq!(service("publishNotReadyAddresses: true"), ((false, Distribution::Even, true), vec![]));
+    assert_eq!(service("internalTrafficPolicy: local"), (even, vec!["spec.internalTrafficPolicy"]));
+    assert_eq!(service("trafficDistribution: Nearby"), (even, vec!["spec.trafficDistribution"]));
 }
 
 #[test]

@@ -204,9 +204,6 @@ fn a_pod_that_is_outside_or_not_captured_says_so() {
 fn snapshot() -> Snapshot {
     let pods = [workload("a", &["10.0.0.1"]), workload("b", &["fd00::2", "10.0.0.2"]), workload("six", &["fd00::3"])];
     let service = Arc::new(Service {
-        name: "web".into(),
-        namespace: "shop".into(),
-        hostname: "web.shop.svc.cluster.local".into(),
         cluster_addresses: vec!["fd96::1".parse().unwrap(), "10.96.0.1".parse().unwrap()],
         ports: vec![ServicePort { name: "".into(), port: 80 }],
         endpoints: vec![Endpoint {
@@ -217,6 +214,7 @@ fn snapshot() -> Snapshot {
             node: "".into(),
             zone: "".into(),
         }],
+        ..Service::named("shop", "web")
     });
     Snapshot {
         workloads: pods.into_iter().map(|pod| (Arc::clone(&pod.uid), pod)).collect(),

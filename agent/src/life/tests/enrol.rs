@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     capture::{Attached, CaptureError, PodSpec, PodState, ProbeToken},
-    cluster::{Naming, Place, Snapshot, Unattended, View, Workload},
+    cluster::{Naming, Place, SameNode, Snapshot, Unattended, View, Workload},
     life::{
         enrol::{Enrolment, Stages, plan},
         keeper::{Pods, Wanted, backoff},
@@ -172,6 +172,7 @@ fn pod(uid: &str) -> Workload {
         ready: true,
         terminating: false,
         when_unattended: Unattended::Closed,
+        same_node: SameNode::Kernel,
         naming: Naming::default(),
         place: Some(Place { netns: "/netns".into(), cgroup: "/cgroup".into() }),
     }

@@ -98,11 +98,6 @@ mod tests {
     fn a_service_is_named_only_where_the_pod_is_its_endpoint() {
         let (mine, other) = (workload("mine", &["10.0.0.1"], true), workload("other", &["10.0.0.2"], true));
         let service = Service {
-            name: "web".into(),
-            namespace: "shop".into(),
-            hostname: "web.shop.svc.cluster.local".into(),
-            cluster_addresses: vec![],
-            ports: vec![],
             endpoints: vec![Endpoint {
                 address: "10.0.0.1".parse().unwrap(),
                 ports: BTreeMap::new(),
@@ -111,6 +106,7 @@ mod tests {
                 node: "".into(),
                 zone: "".into(),
             }],
+            ..Service::named("shop", "web")
         };
         let snapshot = snapshot(&[mine.clone(), other.clone()], &[service]);
         let found = |text, pod| meant_service(&snapshot, Some(text), pod).is_some();

@@ -145,14 +145,7 @@ mod tests {
         source.naming.workload = "cart".into();
         source.naming.canonical_name = "cart".into();
         source.naming.canonical_revision = "v1,2".into();
-        let service = Service {
-            name: "web".into(),
-            namespace: "shop".into(),
-            hostname: "web.shop.svc.cluster.local".into(),
-            cluster_addresses: vec![],
-            ports: vec![],
-            endpoints: vec![],
-        };
+        let service = Service::named("shop", "web");
         let trace = Trace::begin(true);
         let connect = Connect::new(
             "[fd00::2]:8080".parse().unwrap(),

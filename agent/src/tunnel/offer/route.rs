@@ -9,7 +9,7 @@ use std::{
 
 use super::error::OfferError;
 use crate::{
-    cluster::{Service, Snapshot, Workload},
+    cluster::{self, Service, Snapshot, Unavailable, Workload},
     tunnel::pod::workload_at,
 };
 
@@ -42,45 +42,17 @@ pub(crate) struct Route {
 /// [`OfferError::DestinationUnknown`] when the snapshot has neither a Service nor a pod of that address;
 /// [`OfferError::NoSuchPort`], [`OfferError::NoHealthyUpstream`] of a Service.
 pub(crate) fn route(snapshot: &Snapshot, source: &Workload, destination: SocketAddr) -> Result<Route, OfferError> {
-    if let Some(service) = snapshot.by_cluster_address.get(&destination.ip()) {
-        let candidates = endpoints(snapshot, source, service, destination)?;
-        return Ok(Route { service: Some(Arc::clone(service)), candidates });
-    }
-    let workload = workload_at(snapshot, destination.ip()).ok_or(OfferError::DestinationUnknown)?;
-    Ok(Route { service: None, candidates: vec![candidate(source, destination, Some(workload))] })
-}
-
-fn endpoints(
-    snapshot: &Snapshot,
-    source: &Workload,
-    service: &Service,
-    destination: SocketAddr,
-) -> Result<Vec<Candidate>, OfferError> {
-    let port = service
-        .ports
-        .iter()
-        .find(|port| port.port == destination.port())
-        .ok_or_else(|| OfferError::NoSuchPort(Arc::clone(&service.hostname)))?;
-    let mut candidates: Vec<Candidate> = service
-        .endpoints
-        .iter()
-        .filter(|endpoint| endpoint.ready && !endpoint.terminating)
-        .filter_map(|endpoint| {
-            let address = SocketAddr::new(endpoint.address, *endpoint.ports.get(&port.name)?);
-            let workload = workload_at(snapshot, endpoint.address);
-            // The pod's own record may know of its end before the slice does.
-            let ends = workload.is_some_and(|workload| workload.terminating);
-            (!ends).then(|| candidate(source, address, workload))
-        })
-        .collect();
-    // A dual-stack Service has endpoints of both families; the client asked for one of them.
-    if candidates.iter().any(|candidate| same_family(candidate.address.ip(), destination.ip())) {
-        candidates.retain(|candidate| same_family(candidate.address.ip(), destination.ip()));
-    }
-    if candidates.is_empty() {
-        return Err(OfferError::NoHealthyUpstream(Arc::clone(&service.hostname)));
-    }
-    Ok(candidates)
+    let Some(service) = snapshot.by_cluster_address.get(&destination.ip()) else {
+        let workload = workload_at(snapshot, destination.ip()).ok_or(OfferError::DestinationUnknown)?;
+        return Ok(Route { service: None, candidates: vec![candidate(source, destination, Some(workload))] });
+    };
+    let found = cluster::candidates(snapshot, &source.node, service, destination.port(), destination.ip());
+    let found = found.map_err(|why| match why {
+        Unavailable::NoSuchPort => OfferError::NoSuchPort(Arc::clone(&service.hostname)),
+        Unavailable::NoneReady => OfferError::NoHealthyUpstream(Arc::clone(&service.hostname)),
+    })?;
+    let candidates = found.iter().map(|one| candidate(source, one.address, one.workload.as_ref())).collect();
+    Ok(Route { service: Some(Arc::clone(service)), candidates })
 }
 
 fn candidate(source: &Workload, address: SocketAddr, workload: Option<&Arc<Workload>>) -> Candidate {
@@ -124,12 +96,10 @@ mod tests {
 
     fn service(endpoints: Vec<Endpoint>) -> Service {
         Service {
-            name: "web".into(),
-            namespace: "shop".into(),
-            hostname: "web.shop.svc.cluster.local".into(),
             cluster_addresses: vec!["10.96.0.1".parse().unwrap(), "fd96::1".parse().unwrap()],
             ports: vec![ServicePort { name: "http".into(), port: 80 }, ServicePort { name: "admin".into(), port: 81 }],
             endpoints,
+            ..Service::named("shop", "web")
         }
     }
 

@@ -306,9 +306,6 @@ impl World {
         let (a, b, vip) = (at(1), at(2), at(100));
         let records = [workload("a", &[&a.to_string()], true), workload("b", &[&b.to_string()], true)];
         let service = Service {
-            name: "web".into(),
-            namespace: "default".into(),
-            hostname: "web.default.svc.cluster.local".into(),
             cluster_addresses: vec![vip],
             ports: vec![crate::cluster::ServicePort { name: "".into(), port: PORT }],
             endpoints: [(at(3), true), (b, true)]
@@ -321,6 +318,7 @@ impl World {
                     zone: "".into(),
                 })
                 .to_vec(),
+            ..Service::named("default", "web")
         };
         let snapshot = snapshot(&records, &[service]);
         let rules = Arc::new(ArcSwap::from_pointee(Rulebook::compile(&snapshot)));
