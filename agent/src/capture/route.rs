@@ -1,6 +1,6 @@
 //! One rule and two routes per family in the pod's netns: marked packets go to `lo`, or nowhere.
 //!
-//! `ip rule add fwmark MARK lookup ROUTE_TABLE pref RULE_PREFERENCE`, `ip route add local default dev lo src <pod address>
+//! `ip rule add fwmark MARK/MARK_MASK lookup ROUTE_TABLE pref RULE_PREFERENCE`, `ip route add local default dev lo src <pod address>
 //! table ROUTE_TABLE` and behind it `ip route add unreachable default metric … table ROUTE_TABLE`: so the SYN of a captured
 //! connection, and an app's answer to a delivery, find `lo`, where `lookup` decides, and a marked packet never falls through
 //! to the main table. Never touches another table or another rule.
@@ -11,7 +11,7 @@ use std::{
     num::NonZeroI32,
 };
 
-use heddle_common::{MARK, ROUTE_TABLE, RULE_PREFERENCE};
+use heddle_common::{MARK, MARK_MASK, ROUTE_TABLE, RULE_PREFERENCE};
 use rtnetlink::{
     Handle, RouteMessageBuilder,
     packet_route::{
@@ -132,8 +132,12 @@ impl Link {
         ignore(&[], self.handle.route().add(route).replace().execute().await)
     }
 
-    async fn clear(&self, rule: RuleMessage, routes: [RouteMessage; 2]) -> io::Result<()> {
-        ignore(&ABSENT, self.handle.rule().del(rule).execute().await)?;
+    async fn clear(&self, mut rule: RuleMessage, routes: [RouteMessage; 2]) -> io::Result<()> {
+        // By preference and table: beside ours there may be that of an agent of layout 2, which had no mask.
+        rule.attributes.retain(|part| !matches!(part, RuleAttribute::FwMark(_) | RuleAttribute::FwMask(_)));
+        for _ in 0..2 {
+            ignore(&ABSENT, self.handle.rule().del(rule.clone()).execute().await)?;
+        }
         for route in routes {
             ignore(&ABSENT, self.handle.route().del(route).execute().await)?;
         }
@@ -147,6 +151,7 @@ fn ruled(message: &mut RuleMessage) -> RuleMessage {
     rule.header.action = RuleAction::ToTable;
     rule.header.table = 0;
     rule.attributes.push(RuleAttribute::FwMark(MARK));
+    rule.attributes.push(RuleAttribute::FwMask(MARK_MASK));
     rule.attributes.push(RuleAttribute::Priority(RULE_PREFERENCE));
     rule.attributes.push(RuleAttribute::Table(ROUTE_TABLE));
     rule

@@ -3,6 +3,7 @@
 
 mod adoption;
 mod inbound;
+mod lane;
 mod netns;
 mod outbound;
 mod withdrawal;
