@@ -7,6 +7,7 @@
 pub mod caller;
 mod connect;
 mod destinations;
+mod destroy;
 mod enrol;
 mod error;
 #[cfg(any(test, fuzzing))]

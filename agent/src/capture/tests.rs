@@ -2,9 +2,11 @@
 //! of its own. Needs root; without it each test prints that it was skipped.
 
 mod adoption;
+mod destroy;
 mod inbound;
 mod lane;
 mod netns;
+mod node;
 mod outbound;
 mod withdrawal;
 mod world;

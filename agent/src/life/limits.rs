@@ -179,6 +179,14 @@ pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 pub const KEEPALIVE_TRIES: u32 = 4;
 
+/// How long the kernel may take to say what it did with sockets of a pod (duration): it has when it is asked.
+pub const SOCK_DIAG: Duration = Duration::from_secs(1);
+/// Sockets that it is asked about at a time (sockets): the answers, of 1 to 2 KiB each in its accounts, fit the smallest usual
+/// receive buffer of 212,992 bytes.
+pub const SOCK_DIAG_BATCH: usize = 64;
+/// Longest answer about one socket (bytes): some 200 without what is not asked for.
+pub const SOCK_DIAG_ANSWER: usize = 4 << 10;
+
 // cluster
 
 /// Nesting and nodes of one YAML document (levels, nodes), aliases expanded: a full file of pods has some 250,000 nodes.
