@@ -10,7 +10,7 @@ use std::{
 
 pub use super::{caller::Caller, error::CaptureError, load::AttachedProgram, ports::Occupied, probe::ProbeCommand};
 use super::{
-    connect, destroy,
+    connect,
     enrol::{self, blocking},
     lane::Lane,
     load::{self, Object},
@@ -22,7 +22,7 @@ use super::{
     probe, prove,
 };
 use crate::cluster::{Place, Unattended};
-use heddle_common::{Attestation, Tuple, attested_by};
+use heddle_common::attested_by;
 
 /// Where capture keeps its pins, and how it probes.
 #[derive(Debug, Clone)]
@@ -245,11 +245,6 @@ impl Handle {
     /// A connection to the pod's app that comes from `client`. TCP_NODELAY set. The caller bounds the time.
     pub async fn deliver(&self, uid: &str, client: IpAddr, app: SocketAddr) -> Result<Delivery, CaptureError> {
         connect::deliver(&self.node, uid, client, app).await
-    }
-
-    /// Closes connections of the kernel lane at both ends. Gives how many were open.
-    pub async fn destroy(&self, doomed: &[(Tuple, Attestation)]) -> usize {
-        destroy::destroy(&self.node, doomed).await
     }
 
     /// Notes the 4-tuple of a plaintext connection that the agent holds, so that delivery avoids its source port.

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
-    CaptureError, kernel,
+    CaptureError, destroy, kernel,
     maps::{failed, ignore_absent, key},
     pod::Node,
 };
@@ -132,6 +132,11 @@ impl Lane {
             padding: 0,
         };
         self.node.maps.attested(&tuple).filter(|attestation| attestation.by == attested_by::KERNEL)
+    }
+
+    /// Closes connections at both ends. Gives how many were open.
+    pub async fn destroy(&self, doomed: &[(Tuple, Attestation)]) -> usize {
+        destroy::destroy(&self.node, doomed).await
     }
 
     /// The ends of connections. One reader at a time; what nobody reads is there for the next agent.

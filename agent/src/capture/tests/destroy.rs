@@ -117,7 +117,7 @@ fn connections_are_closed_at_both_ends_whatever_their_sockets_family_and_device(
             for (what, mut connection) in connections {
                 let doomed = [connection.doomed(at)];
                 assert!(connection.is_open(), "{what}: attaching closes nothing");
-                assert_eq!(handle.destroy(&doomed).await, 1, "{what}, attached: {attached:?}");
+                assert_eq!(handle.lane().destroy(&doomed).await, 1, "{what}, attached: {attached:?}");
                 let expected = match attached {
                     [1] => vec![[RESET, ABORTED]],
                     [0] => vec![[ABORTED, RESET]],
@@ -125,7 +125,7 @@ fn connections_are_closed_at_both_ends_whatever_their_sockets_family_and_device(
                 };
                 let errors = connection.errors();
                 assert!(expected.contains(&errors), "{what}, attached: {attached:?}: {errors:?}");
-                assert_eq!(handle.destroy(&doomed).await, 0, "{what}: nothing is left");
+                assert_eq!(handle.lane().destroy(&doomed).await, 0, "{what}: nothing is left");
             }
         });
     }
@@ -156,21 +156,21 @@ fn a_listener_and_a_later_connection_of_the_same_tuple_are_left_alone() {
                 SockRef::from(stream).set_linger(Some(Duration::ZERO)).unwrap();
             }
             drop(gone);
-            assert_eq!(handle.destroy(&[doomed]).await, 0);
+            assert_eq!(handle.lane().destroy(&[doomed]).await, 0);
             // One that the client has ended and the app has not: TIME_WAIT is no connection.
             let doomed = ended.doomed(at);
             ended.client.shutdown(std::net::Shutdown::Both).unwrap();
             assert_eq!(ended.app.read(&mut [0]).unwrap(), 0);
             drop(ended);
-            assert_eq!(handle.destroy(&[doomed]).await, 0);
+            assert_eq!(handle.lane().destroy(&[doomed]).await, 0);
             // The source's socket is another than the one that was attested; the app's end has none but its own to go by.
             let (tuple, attestation) = kept.doomed(9);
             let later = Attestation { id: kept.cookie + 1, ..attestation };
-            assert_eq!(handle.destroy(&[(tuple, later)]).await, 0);
+            assert_eq!(handle.lane().destroy(&[(tuple, later)]).await, 0);
             assert!(kept.is_open());
             // Attested connections are of pods; nobody is at this address.
             let elsewhere = Tuple { source: key("10.9.9.9".parse().unwrap()), ..tuple };
-            assert_eq!(handle.destroy(&[(elsewhere, later)]).await, 0);
+            assert_eq!(handle.lane().destroy(&[(elsewhere, later)]).await, 0);
 
             // The listener still listens: what it accepts comes from within the pod, which capture leaves alone.
             let mut own = Connection::open(&b, &listener, to);
@@ -208,7 +208,7 @@ fn a_thousand_connections_are_closed_in_a_fraction_of_50_ms() {
             let at = slot(&handle, 1);
             let doomed: Vec<_> = connections.iter().map(|connection| connection.doomed(at)).collect();
             let started = Instant::now();
-            assert_eq!(handle.destroy(&doomed).await, CONNECTIONS);
+            assert_eq!(handle.lane().destroy(&doomed).await, CONNECTIONS);
             took.push(started.elapsed());
             for connection in &mut connections {
                 assert!(connection.errors().iter().all(Option::is_some));
