@@ -39,6 +39,24 @@ impl Ip {
         Self(unsafe { core::mem::transmute::<Address, [u32; 4]>(address) })
     }
 
+    /// From where an address lies, on a word's boundary.
+    ///
+    /// # Safety
+    /// The place is live and aligned to a word.
+    #[inline(always)]
+    pub unsafe fn from_place(place: *const Address) -> Self {
+        // SAFETY: the caller's promise; word by word, as the compiler would take octets.
+        unsafe {
+            let words = place.cast::<u32>();
+            Self([
+                words.read_volatile(),
+                words.add(1).read_volatile(),
+                words.add(2).read_volatile(),
+                words.add(3).read_volatile(),
+            ])
+        }
+    }
+
     /// The words of an IPv6 context; of an IPv4 one the last is the address.
     #[inline(always)]
     pub const fn words(self) -> [u32; 4] {

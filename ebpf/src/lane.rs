@@ -4,10 +4,7 @@
 //! the policy engine's verdict for this very pair of pods and port, nor one of a socket that is not in the pod's own
 //! netns: who connects is what the kernel knows of the socket. Whatever else it can't say yes or no to is the agent's.
 
-use core::{
-    ffi::c_void,
-    mem::{offset_of, size_of},
-};
+use core::mem::offset_of;
 
 use aya_ebpf::{
     EbpfContext,
@@ -131,7 +128,8 @@ fn choose(destination: Ip, port: u16) -> Result<Target, u16> {
     }
     let chosen = &endpoints.endpoints[index];
     Ok(Target {
-        address: Ip::from_address(chosen.address),
+        // SAFETY: a live entry of the map, whose endpoints are aligned to a word.
+        address: unsafe { Ip::from_place(&raw const chosen.address) },
         port: chosen.port,
         choice: choice::FIRST_LOCAL + index as u16,
     })
@@ -186,5 +184,3 @@ pub unsafe fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
     // SAFETY: the caller's promise.
     unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk }
 }
-
-const _: () = assert!(size_of::<*mut c_void>() == 8);

@@ -14,11 +14,11 @@ use aya_ebpf::{
         BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK, SO_MARK, bpf_sock,
         bpf_sock_ops,
     },
-    helpers::{bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_setsockopt, bpf_sock_ops_cb_flags_set},
+    helpers::{bpf_get_socket_cookie, bpf_jiffies64, bpf_ktime_get_ns, bpf_setsockopt, bpf_sock_ops_cb_flags_set},
     programs::SockOpsContext,
 };
 use heddle_common::{
-    Attestation, EVENTS_BYTES, Ended, Lane, MARK, PROGRESS_NANOSECONDS, PodCounts, Tuple, attested_by, end, side,
+    Attestation, EVENTS_BYTES, Ended, Lane, MARK, PROGRESS_JIFFIES, PodCounts, Tuple, attested_by, end, side,
 };
 
 use crate::{
@@ -91,7 +91,10 @@ fn tuple(ctx: &SockOpsContext, of: u32) -> Tuple {
 fn opens(ctx: &SockOpsContext) {
     let Some((_, lane)) = lane(ctx) else { return };
     // SAFETY: the storage is this socket's, which the caller holds locked.
-    let Lane { end, destination, slot, service, service_port, .. } = unsafe { *lane };
+    let (end, destination, slot, service, service_port) = unsafe {
+        let service = Ip::from_place(&raw const (*lane).service);
+        ((*lane).end, (*lane).destination, (*lane).slot, service, (*lane).service_port)
+    };
     if end != end::SOURCE {
         return;
     }
@@ -113,7 +116,7 @@ fn opens(ctx: &SockOpsContext) {
         destination,
         id,
         opened: now,
-        service: Ip::from_address(service).address(),
+        service: service.address(),
         service_port,
         padding: 0,
         source_state: 0,
@@ -136,7 +139,7 @@ fn opens(ctx: &SockOpsContext) {
     // SAFETY: as above.
     unsafe {
         (*lane).id = id;
-        (*lane).looked = now;
+        (*lane).looked = bpf_jiffies64();
         (*lane).state = 0;
     }
     watch(ctx);
@@ -191,7 +194,7 @@ fn accepted(ctx: &SockOpsContext) {
         }
         (*entry).destination_state = side::ESTABLISHED;
         (*lane).id = (*entry).id;
-        (*lane).looked = bpf_ktime_get_ns();
+        (*lane).looked = bpf_jiffies64();
         (*lane).state = side::ESTABLISHED;
         (*lane).end = end::DESTINATION;
     }
@@ -237,8 +240,8 @@ fn progresses(ctx: &SockOpsContext) {
     let Some((_, lane)) = lane(ctx) else { return };
     // SAFETY: the helper takes nothing; the storage is this socket's.
     unsafe {
-        let now = bpf_ktime_get_ns();
-        if (*lane).end == end::NONE || now.wrapping_sub((*lane).looked) < PROGRESS_NANOSECONDS {
+        let now = bpf_jiffies64();
+        if (*lane).end == end::NONE || now.wrapping_sub((*lane).looked) < PROGRESS_JIFFIES {
             return;
         }
         (*lane).looked = now;

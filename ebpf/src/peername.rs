@@ -46,6 +46,6 @@ fn service(ctx: &SockAddrContext) -> Option<(Ip, u32)> {
         if lane.is_null() || (*lane).service_port == 0 {
             return None;
         }
-        Some((Ip::from_address((*lane).service), u32::from((*lane).service_port.to_be())))
+        Some((Ip::from_place(&raw const (*lane).service), u32::from((*lane).service_port.to_be())))
     }
 }
