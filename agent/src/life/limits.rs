@@ -325,3 +325,24 @@ pub const CUT_WAIT: Duration = Duration::from_secs(1);
 pub const LEAVE_SETTLE: Duration = Duration::from_secs(1);
 /// How often it is looked whether a pod that leaves still has carried connections (duration).
 pub const LEAVE_LOOK: Duration = Duration::from_millis(500);
+/// Pairs of pods and ports that the kernel lane remembers (pairs): as many as the kernel's table holds.
+pub const LANE_PAIRS: usize = heddle_common::MAX_VERDICTS as usize;
+/// Those of one source (pairs): a pod that tries every port of every pod drives out only its own.
+pub const LANE_PAIRS_PER_SOURCE: usize = LANE_PAIRS / 16;
+/// Denied pairs of one source that the kernel counts and answers by itself (pairs); the agent denies the others.
+pub const LANE_DENIALS_PER_SOURCE: usize = heddle_common::MAX_DENIALS as usize / 16;
+/// Connections without a verdict that wait to be learnt from (connections). One that finds no room is as good as the next.
+pub const LANE_MISSES: usize = 4_096;
+/// How many are learnt from at a time (connections): the table is locked meanwhile.
+pub const LANE_BATCH: usize = 256;
+/// Paths between two pods that are remembered, shown to be straight or not (paths).
+pub const LANE_PATHS: usize = 65_536;
+/// Paths that are proven at a time (paths), and how long one may take (duration).
+pub const LANE_PROOFS: usize = 8;
+pub const LANE_PROOF: Duration = Duration::from_secs(5);
+/// When a path that could not be proven is tried again, if it is missed (duration).
+pub const LANE_PATH_RETRY: Duration = Duration::from_secs(60);
+/// How often the kernel's counts of denied connections are read (duration), while there are any.
+pub const LANE_POLL: Duration = Duration::from_secs(1);
+/// How long closing the lane's connections may take (duration): thousands take milliseconds.
+pub const LANE_DESTROY: Duration = Duration::from_secs(5);

@@ -18,6 +18,7 @@ pub mod enrol;
 pub(crate) mod fuzzing;
 mod http;
 mod keeper;
+pub mod lane;
 pub mod limits;
 pub mod log;
 pub mod proof;

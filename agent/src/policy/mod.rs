@@ -19,6 +19,7 @@ mod question;
 mod rulebook;
 mod rules;
 mod strictness;
+mod verdicts;
 
 pub use decide::{Rehearsal, decide, rehearse};
 pub use explain::{Considered, Explanation, Miss, PlaintextRule, Role, explain};
@@ -26,6 +27,7 @@ pub use model::{Denial, Outcome, Permit, Request};
 pub use question::{Explained, Question, QuestionError, answer, find_pod};
 pub use rulebook::{Effect, Rulebook, Unenforceable};
 pub use rules::Action;
+pub use verdicts::{Ends, Verdict, verdict};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

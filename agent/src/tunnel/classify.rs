@@ -10,7 +10,7 @@ pub(super) const HBONE_PORT: u16 = 15_008;
 /// Port of the pod's listener itself; nothing may address it.
 pub(super) const LISTENER_PORT: u16 = 15_001;
 /// Ports that no tunnel may ask for: the mesh's own (`hbone` self-calls), and none.
-pub(super) const REFUSED_TARGETS: [u16; 4] = [0, LISTENER_PORT, 15_006, HBONE_PORT];
+pub(crate) const REFUSED_TARGETS: [u16; 4] = [0, LISTENER_PORT, 15_006, HBONE_PORT];
 
 /// What a captured connection is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

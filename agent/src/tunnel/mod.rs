@@ -33,6 +33,7 @@ mod trace;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use classify::REFUSED_TARGETS;
 pub use connections::{Connection, Direction, End, Flow, Observer, Quiet, Registry, Security, reconsider};
 pub use context::Context;
 pub use lane::Lane;

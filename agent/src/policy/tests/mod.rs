@@ -3,7 +3,7 @@
 mod authorization;
 mod explanation;
 mod peer_authentication;
-mod property;
+pub mod property;
 
 use std::{net::IpAddr, sync::Arc};
 

@@ -297,7 +297,7 @@ fn selector() -> impl Strategy<Value = Option<WorkloadSelector>> {
     prop_oneof![3 => Just(None), 2 => labelled]
 }
 
-fn authorization() -> impl Strategy<Value = AuthorizationPolicy> {
+pub fn authorization() -> impl Strategy<Value = AuthorizationPolicy> {
     let action = prop_oneof![
         10 => Just(None),
         20 => Just(Some("ALLOW".to_owned())),
@@ -315,7 +315,7 @@ fn authorization() -> impl Strategy<Value = AuthorizationPolicy> {
         })
 }
 
-fn peer_authentication() -> impl Strategy<Value = PeerAuthentication> {
+pub fn peer_authentication() -> impl Strategy<Value = PeerAuthentication> {
     let mode = || {
         let named =
             select(vec!["STRICT", "PERMISSIVE", "DISABLE", "UNSET", "STRICT", "PERMISSIVE", "DISABLE", "UNSET", "BAD"]);
@@ -371,7 +371,7 @@ fn compile_with_gaps(
 }
 
 /// Mostly none.
-fn gaps() -> impl Strategy<Value = Vec<Option<&'static str>>> {
+pub fn gaps() -> impl Strategy<Value = Vec<Option<&'static str>>> {
     let one = select(vec![Some("shop"), Some("bank"), Some(ROOT), None]);
     prop_oneof![6 => Just(Vec::new()), 1 => prop::collection::vec(one, 1..3)]
 }

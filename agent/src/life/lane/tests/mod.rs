@@ -1,0 +1,5 @@
+//! What must hold of the lane's decisions, against a kernel that is a table in memory.
+
+mod fake;
+mod property;
+mod table;
