@@ -1,4 +1,4 @@
-//! `heddle connections`: what this node's agent carries now.
+//! `heddle connections`: what this node's agent carries now, and what goes on the kernel lane beside it.
 
 use std::process::ExitCode;
 
@@ -63,11 +63,25 @@ pub(super) fn text(connections: &[ConnectionLine]) -> String {
                 connection.bytes_to_app.to_string(),
                 connection.bytes_to_client.to_string(),
                 span(connection.open_seconds),
+                connection.rtt_microseconds.map(|rtt| format!("{rtt}us")).unwrap_or_default(),
+                connection.retransmissions.map(|count| count.to_string()).unwrap_or_default(),
             ]
         })
         .collect();
-    let header =
-        ["DIRECTION", "POD", "ADDRESS", "PEER", "PEER IDENTITY", "SECURITY", "POLICY", "TO APP", "TO CLIENT", "OPEN"];
+    let header = [
+        "DIRECTION",
+        "POD",
+        "ADDRESS",
+        "PEER",
+        "PEER IDENTITY",
+        "SECURITY",
+        "POLICY",
+        "TO APP",
+        "TO CLIENT",
+        "OPEN",
+        "RTT",
+        "RETRANSMITTED",
+    ];
     let open = format!("{} connections\n", connections.len());
     if rows.is_empty() { open } else { table(&header, &rows) + "\n" + &open }
 }

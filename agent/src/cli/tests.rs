@@ -86,7 +86,7 @@ fn connections_and_certificates_read_well() {
     };
     let text = connections::text(std::slice::from_ref(&one));
     assert!(text.contains("outbound   shop/web-0  10.0.0.1:1  10.0.0.2:80 shop/db-0  -"), "{text}");
-    assert!(text.contains("  TLS13_AES_256_GCM_SHA384  -       0       0          1m 1s\n"), "{text}");
+    assert!(text.contains("  TLS13_AES_256_GCM_SHA384  -       0       0          1m 1s  -    -\n"), "{text}");
     assert!(text.ends_with("1 connections\n"), "{text}");
     for (pod, is) in [("shop/web-0", true), ("web-0", true), ("shop/db-0", false), ("web", false), ("", false)] {
         assert_eq!(connections::is_of(&one, pod), is, "{pod}");
@@ -94,6 +94,14 @@ fn connections_and_certificates_read_well() {
     let inbound = ConnectionLine { direction: "inbound".into(), cipher: String::new(), policy: "shop/p".into(), ..one };
     let text = connections::text(&[inbound]);
     assert!(text.contains("10.0.0.2:80  10.0.0.1:1 shop/web-0  -              mutual_tls  shop/p"), "{text}");
+    let lane = ConnectionLine {
+        security: "kernel_attested".into(),
+        rtt_microseconds: Some(35),
+        retransmissions: Some(2),
+        ..ConnectionLine::default()
+    };
+    let text = connections::text(&[lane]);
+    assert!(text.contains("RTT   RETRANSMITTED\n") && text.contains("0s    35us  2\n"), "{text}");
     let certificate =
         |left| CertificateLine { identity: "spiffe://a".into(), seconds_left: left, ..CertificateLine::default() };
     let text = certs::text(&[certificate(Some(7_300)), certificate(Some(-5)), certificate(None)]);
@@ -139,8 +147,8 @@ fn the_json_of_what_the_agent_answers_is_stable() {
         (
             serde_json::to_value(ConnectionLine::default()).unwrap(),
             "bytes_to_app bytes_to_client cipher destination destination_identity destination_service \
-             destination_workload direction hbone_target id open_seconds own_serial peer_serial pod policy security source \
-             source_identity source_workload tls trace_id",
+             destination_workload direction hbone_target id open_seconds own_serial peer_serial pod policy retransmissions \
+             rtt_microseconds security source source_identity source_workload tls trace_id",
         ),
         (
             serde_json::to_value(CertificateLine::default()).unwrap(),

@@ -31,9 +31,9 @@ use super::{
 };
 use crate::{
     identity::CertificateStatus,
-    policy::{Explained, Permit, Question, QuestionError, Rulebook, decide},
-    telemetry::{PodReport, direction_name, named, seconds_until, security_name},
-    tunnel::{Connection, Direction},
+    policy::{Explained, Permit, Question, QuestionError, Request, Rulebook, decide},
+    telemetry::{LaneConnection, PodReport, direction_name, named, seconds_until, security_name},
+    tunnel::{Connection, Direction, Flow},
 };
 
 /// `GET /status`.
@@ -69,11 +69,12 @@ pub struct PodLine {
 /// One of `GET /connections`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConnectionLine {
+    /// Of the agent's count; of a kernel-lane connection the cookie of the source's socket, in both directions.
     pub id: u64,
     pub direction: String,
     /// `namespace/name` of this node's pod.
     pub pod: String,
-    /// `mutual_tls` or `none`.
+    /// `mutual_tls`, `kernel_attested` or `none`.
     pub security: String,
     pub source: String,
     /// `namespace/name`; empty when unknown.
@@ -96,6 +97,10 @@ pub struct ConnectionLine {
     pub bytes_to_client: u64,
     pub open_seconds: u64,
     pub trace_id: String,
+    /// Of a kernel-lane connection, as this direction's socket sees them: smoothed round-trip time in microseconds (absent while
+    /// unknown) and segments sent again.
+    pub rtt_microseconds: Option<u64>,
+    pub retransmissions: Option<u64>,
 }
 
 /// One of `GET /certificates`.
@@ -137,10 +142,28 @@ impl From<&PodReport> for PodLine {
 impl ConnectionLine {
     /// `rules` say which policy lets it in: another one may by now.
     pub(super) fn new(connection: &Connection, rules: &Rulebook) -> Self {
-        let flow = &connection.flow;
+        Self {
+            id: connection.id,
+            open_seconds: connection.opened.elapsed().as_secs(),
+            ..Self::of(&connection.flow, connection.bytes(), connection.request.as_ref(), rules)
+        }
+    }
+
+    /// One direction of a kernel-lane connection.
+    pub(super) fn of_lane(connection: &LaneConnection, rules: &Rulebook) -> Self {
+        let rtt = u64::try_from(connection.rtt.as_micros()).unwrap_or(u64::MAX);
+        Self {
+            id: connection.id,
+            open_seconds: connection.lasted.as_secs(),
+            rtt_microseconds: (rtt > 0).then_some(rtt),
+            retransmissions: Some(connection.retransmissions.into()),
+            ..Self::of(&connection.flow, connection.bytes, connection.request.as_ref(), rules)
+        }
+    }
+
+    fn of(flow: &Flow, (bytes_to_app, bytes_to_client): (u64, u64), asked: Option<&Request>, rules: &Rulebook) -> Self {
         let session = flow.session.as_deref();
-        let permit = connection.request.as_ref().and_then(|request| decide(rules, request).ok());
-        let (bytes_to_app, bytes_to_client) = connection.bytes();
+        let permit = asked.and_then(|request| decide(rules, request).ok());
         let workload = |workload: &Option<Arc<crate::cluster::Workload>>| {
             workload.as_ref().map(|workload| format!("{}/{}", workload.namespace, workload.name)).unwrap_or_default()
         };
@@ -148,7 +171,6 @@ impl ConnectionLine {
         let identity =
             |id: &Option<crate::identity::SpiffeId>| id.as_ref().map(ToString::to_string).unwrap_or_default();
         Self {
-            id: connection.id,
             direction: direction_name(flow.direction).to_owned(),
             pod: workload(match flow.direction {
                 Direction::Outbound => &flow.source_workload,
@@ -174,8 +196,8 @@ impl ConnectionLine {
             peer_serial: session.map(|session| session.peer_serial.to_string()).unwrap_or_default(),
             bytes_to_app,
             bytes_to_client,
-            open_seconds: connection.opened.elapsed().as_secs(),
             trace_id: flow.trace.as_ref().map(ToString::to_string).unwrap_or_default(),
+            ..Self::default()
         }
     }
 }

@@ -146,6 +146,8 @@ pub const MANIFEST_FILES: usize = 10_000;
 
 /// Access-log lines queued for writing (lines); past it lines are dropped and counted.
 pub const LOG_LINES: usize = 10_000;
+/// Bytes of lines that one write to the log takes at most (bytes): some twenty lines, where lines come that fast.
+pub const LOG_WRITE: usize = 16 << 10;
 /// Access-log lines of refused and failed connections that carried nothing, for each pod and reason (lines per second);
 /// beyond it they are counted: such connections cost their makers nothing.
 pub const LOG_REFUSALS: u32 = 10;
@@ -287,6 +289,22 @@ pub const METRIC_SWEEP: Duration = Duration::from_secs(60);
 pub const METRIC_DENIALS: usize = 500;
 /// TCP's state of a tunnel is asked for at most this often (duration): a system call that no byte waits for.
 pub const TCP_HEALTH: Duration = Duration::from_secs(1);
+/// Between two looks at the records of ended kernel-lane connections, where their ring does not ask for one (duration): it holds
+/// 13,000 of them.
+pub const LANE_RECORDS_LOOK: Duration = Duration::from_millis(100);
+/// Records that are told of at a time (records): a scrape and the command line wait for as many.
+pub const LANE_RECORDS: usize = 256;
+/// Between two looks at the kernel-lane connections that go on (duration).
+pub const LANE_LOOK: Duration = Duration::from_secs(1);
+/// Looks in a row at which a connection is missing from the kernel's table, without a record of its end, until it is
+/// told as ended (looks): the record comes a moment after it has left the table.
+pub const LANE_MISSING: u32 = 2;
+/// How long a pod that has left is known to the records of its last connections, and the reason of a connection that policy
+/// closes (duration).
+pub const LANE_REMEMBERED: Duration = Duration::from_secs(60);
+/// Pairs of pods, ports and Services whose labels and log lines are kept made up (pairs), some 5 KiB each; past it they are
+/// made anew.
+pub const LANE_PAIRS: usize = 2_048;
 /// A dry-run policy that matches is logged at most this often (duration), and counted always.
 pub const DRY_RUN_LOG: Duration = Duration::from_secs(1);
 /// Spans queued for the collector (spans), some 2 KiB each; past it spans are dropped and counted.

@@ -288,6 +288,8 @@ impl Known {
         let (pods, problems) = (self.pods.clone(), self.problems.clone());
         Sources {
             live: Box::new(move || live.registry.live()),
+            lane: Box::new(Vec::new),
+            lane_lost: Box::new(|| 0),
             pods: Box::new(move || Self::pods(&capture, &pods)),
             certificates: Box::new(move || certificates.certificates.list()),
             manifest_problems: Box::new(move || problems.borrow().len()),

@@ -1,12 +1,16 @@
 //! One line per connection, at its end: who talked to whom, how it was protected, how much, and why it ended.
 //!
 //! Lines go through a bounded queue to a thread of their own. A reader that can't keep up costs lines, which are
-//! counted, never traffic; connections that carried nothing are told of so many times a second, for each pod. Whatever a peer or an error text holds, a line stays one line.
+//! counted, never traffic; connections that carried nothing are told of so many times a second, for each pod. Whatever a peer
+//! or an error text holds, a line stays one line.
+//!
+//! A line is made in two steps: its [`Outline`], which connections between the same two ends share, and what is left
+//! open in it.
 
 use std::{
     borrow::Cow,
     fs::OpenOptions,
-    io::{self, Write},
+    io::{self, BufWriter, Write},
     net::SocketAddr,
     path::PathBuf,
     sync::Arc,
@@ -74,21 +78,36 @@ impl AccessLog {
             .lossy(true)
             .buffered_lines_limit(lines)
             .thread_name("access-log")
-            .finish(writer);
+            // The thread flushes whenever it has taken all there is; lines that come fast share a system call, whole.
+            .finish(BufWriter::with_capacity(limits::LOG_WRITE, writer));
         (Self { format, dropped: writer.error_counter(), writer, suppress: Arc::default() }, guard)
     }
 
     /// Queues a connection's line, or drops it and counts that. False where the pod had enough of its kind in this second.
     pub fn write(&self, record: &Record<'_>) -> bool {
+        self.write_for(record, 1)
+    }
+
+    /// The same for `count` connections that are told of in one line.
+    pub fn write_for(&self, record: &Record<'_>, count: u64) -> bool {
         let before = match record.carried {
-            Some(_) => Some(0),
-            None => self.suppress.admit(record.flow, record.end, Instant::now()),
+            Some(_) => Some(count.saturating_sub(1)),
+            None => self.suppress.admit(record.flow, record.end, count, Instant::now()),
         };
         let Some(before) = before else { return false };
-        let line = record.line_after(before, self.format);
-        // Lossy: it never blocks, and a line that does not fit is in `dropped`.
-        let _always_ok = self.writer.clone().write_all(&line);
+        self.queue(&record.line_after(before, self.format));
         true
+    }
+
+    /// The outline of a line like this one.
+    pub(super) fn outline(&self, record: &Record<'_>) -> Outline {
+        record.outline(0, self.format)
+    }
+
+    /// Queues a line, or drops it and counts that.
+    pub(super) fn queue(&self, line: &[u8]) {
+        // Lossy: it never blocks, and a line that does not fit is in `dropped`.
+        let _always_ok = self.writer.clone().write_all(line);
     }
 
     /// Lines dropped so far.
@@ -116,6 +135,67 @@ enum Value<'a> {
     /// Made of characters that need no quotes in the text format: addresses.
     Word(String),
     Number(u64),
+    /// Differs between connections of the same two ends.
+    Open(Open),
+}
+
+/// What an [`Outline`] leaves open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Open {
+    Time,
+    Source,
+    ToApp,
+    ToClient,
+    Lasted,
+}
+
+/// What tells a connection's line from that of another one between the same two ends.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Particulars {
+    pub time: SystemTime,
+    pub source: SocketAddr,
+    /// From client to app and from app to client.
+    pub bytes: (u64, u64),
+    pub lasted: Duration,
+}
+
+/// A line but for its [`Particulars`].
+#[derive(Debug)]
+pub(super) struct Outline {
+    text: Vec<u8>,
+    /// Where something is left open, in order.
+    open: Vec<(usize, Open)>,
+}
+
+impl Outline {
+    /// Appends the line with its line feed.
+    pub fn fill(&self, particulars: &Particulars, line: &mut Vec<u8>) {
+        let mut from = 0;
+        for (at, open) in &self.open {
+            line.extend_from_slice(self.text.get(from..*at).unwrap_or_default());
+            from = *at;
+            let Particulars { time, source, bytes: (to_app, to_client), lasted } = particulars;
+            // Into a Vec: it can't fail.
+            let _always_ok = match open {
+                Open::Time => write!(line, "{}", humantime::format_rfc3339_micros(*time)),
+                Open::Source => write!(line, "{source}"),
+                Open::ToApp => write!(line, "{to_app}"),
+                Open::ToClient => write!(line, "{to_client}"),
+                Open::Lasted => write!(line, "{}ms", lasted.as_millis()),
+            };
+        }
+        line.extend_from_slice(self.text.get(from..).unwrap_or_default());
+    }
+
+    fn leave(&mut self, open: Open) {
+        self.open.push((self.text.len(), open));
+    }
+
+    fn quoted(&mut self, open: Open) {
+        self.text.push(b'"');
+        self.leave(open);
+        self.text.push(b'"');
+    }
 }
 
 impl Record<'_> {
@@ -125,9 +205,16 @@ impl Record<'_> {
         self.line_after(0, format)
     }
 
-    /// The line, which also tells of `suppressed` ones of its kind before it.
+    /// The line, which also tells of `suppressed` ones of its kind.
     fn line_after(&self, suppressed: u64, format: Format) -> Vec<u8> {
-        let time = humantime::format_rfc3339_micros(self.time).to_string();
+        let (bytes, lasted) = self.carried.unwrap_or_default();
+        let particulars = Particulars { time: self.time, source: self.flow.source, bytes, lasted };
+        let mut line = Vec::with_capacity(768);
+        self.outline(suppressed, format).fill(&particulars, &mut line);
+        line
+    }
+
+    fn outline(&self, suppressed: u64, format: Format) -> Outline {
         let (level, message) = match (self.end, &self.carried) {
             (End::Complete, _) => ("info", "connection complete"),
             (End::Failed { .. }, _) => ("warn", "connection failed"),
@@ -137,39 +224,46 @@ impl Record<'_> {
         if suppressed > 0 {
             fields.push(("suppressed", Value::Number(suppressed)));
         }
-        let mut line = Vec::with_capacity(768);
+        let mut line = Outline { text: Vec::with_capacity(768), open: Vec::with_capacity(5) };
         match format {
             Format::Text => {
-                line.extend_from_slice(format!("{time}\t{level}\taccess\t{message}").as_bytes());
+                line.leave(Open::Time);
+                line.text.extend_from_slice(format!("\t{level}\taccess\t{message}").as_bytes());
                 for (index, (key, value)) in fields.iter().enumerate() {
-                    line.push(if index == 0 { b'\t' } else { b' ' });
-                    line.extend_from_slice(key.as_bytes());
-                    line.push(b'=');
+                    line.text.push(if index == 0 { b'\t' } else { b' ' });
+                    line.text.extend_from_slice(key.as_bytes());
+                    line.text.push(b'=');
                     match value {
-                        Value::Text(text) => quote(&mut line, text),
-                        Value::Word(word) => line.extend_from_slice(word.as_bytes()),
-                        Value::Number(number) => line.extend_from_slice(number.to_string().as_bytes()),
+                        Value::Text(text) => quote(&mut line.text, text),
+                        Value::Word(word) => line.text.extend_from_slice(word.as_bytes()),
+                        Value::Number(number) => line.text.extend_from_slice(number.to_string().as_bytes()),
+                        Value::Open(open @ (Open::Time | Open::Lasted)) => line.quoted(*open),
+                        Value::Open(open) => line.leave(*open),
                     }
                 }
             }
             Format::Json => {
-                line.push(b'{');
-                for (key, value) in [("time", &*time), ("level", level), ("target", "access"), ("message", message)] {
-                    member(&mut line, key);
-                    quote(&mut line, value);
+                line.text.push(b'{');
+                member(&mut line.text, "time");
+                line.quoted(Open::Time);
+                for (key, value) in [("level", level), ("target", "access"), ("message", message)] {
+                    member(&mut line.text, key);
+                    quote(&mut line.text, value);
                 }
                 for (key, value) in &fields {
-                    member(&mut line, key);
+                    member(&mut line.text, key);
                     match value {
-                        Value::Text(text) => quote(&mut line, text),
-                        Value::Word(word) => quote(&mut line, word),
-                        Value::Number(number) => line.extend_from_slice(number.to_string().as_bytes()),
+                        Value::Text(text) => quote(&mut line.text, text),
+                        Value::Word(word) => quote(&mut line.text, word),
+                        Value::Number(number) => line.text.extend_from_slice(number.to_string().as_bytes()),
+                        Value::Open(open @ (Open::ToApp | Open::ToClient)) => line.leave(*open),
+                        Value::Open(open) => line.quoted(*open),
                     }
                 }
-                line.push(b'}');
+                line.text.push(b'}');
             }
         }
-        line.push(b'\n');
+        line.text.push(b'\n');
         line
     }
 
@@ -183,13 +277,14 @@ impl Record<'_> {
         let identity = |id: &Option<crate::identity::SpiffeId>| {
             id.as_ref().filter(|_| authenticated).and_then(|id| text(id.as_str()))
         };
-        let sent_and_received = self.carried.map(|((to_app, to_client), _)| match flow.direction {
-            Direction::Outbound => (to_app, to_client),
-            Direction::Inbound => (to_client, to_app),
-        });
+        let carried = |open: Open| self.carried.map(|_| Value::Open(open));
+        let (sent, received) = match flow.direction {
+            Direction::Outbound => (Open::ToApp, Open::ToClient),
+            Direction::Inbound => (Open::ToClient, Open::ToApp),
+        };
         let (flags, reason, policy, error) = self.outcome();
         let fields = [
-            ("src.addr", Some(Value::Word(flow.source.to_string()))),
+            ("src.addr", Some(Value::Open(Open::Source))),
             ("src.workload", source.and_then(|workload| text(&workload.name))),
             ("src.namespace", source.and_then(|workload| text(&workload.namespace))),
             ("src.cluster", source.and_then(|_| text(self.cluster))),
@@ -203,9 +298,9 @@ impl Record<'_> {
             ("dst.identity", identity(&flow.destination_principal)),
             ("direction", text(direction_name(flow.direction))),
             ("security", text(security_name(flow.security))),
-            ("bytes_sent", sent_and_received.map(|(sent, _)| Value::Number(sent))),
-            ("bytes_recv", sent_and_received.map(|(_, received)| Value::Number(received))),
-            ("duration", self.carried.and_then(|(_, lasted)| text(&format!("{}ms", lasted.as_millis())))),
+            ("bytes_sent", carried(sent)),
+            ("bytes_recv", carried(received)),
+            ("duration", carried(Open::Lasted)),
             ("response_flags", text(flags)),
             ("reason", text(reason)),
             ("policy", text(&policy)),

@@ -4,7 +4,8 @@
 //! make series. The byte directions are decided in [`super::traffic`].
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::RandomState},
+    hash::{BuildHasher, Hash, Hasher},
     sync::{Arc, LazyLock},
 };
 
@@ -70,9 +71,19 @@ static NONE: LazyLock<Arc<str>> = LazyLock::new(|| "none".into());
 pub(super) type Localities = HashMap<Arc<str>, Locality>;
 
 /// One label set, values in the order of [`NAMES`].
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Labels {
     pub values: [Arc<str>; COUNT],
+    /// Of the values, which are looked up more often than they are made.
+    hash: u64,
+}
+
+static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+
+impl Hash for Labels {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.hash);
+    }
 }
 
 impl Labels {
@@ -90,36 +101,39 @@ impl Labels {
             cluster,
         );
         let service = flow.destination_service.as_deref();
-        Self {
-            values: [
-                reporter(flow.direction),
-                s1,
-                s2,
-                s3,
-                s4,
-                s5,
-                s6,
-                s7,
-                s8,
-                known(service.map(|service| &service.hostname)),
-                known(service.map(|service| &service.namespace)),
-                known(service.map(|service| &service.name)),
-                d1,
-                d2,
-                d3,
-                d4,
-                d5,
-                d6,
-                d7,
-                d8,
-                Arc::clone(&TCP),
-                security(flow.security),
-                r1,
-                z1,
-                r2,
-                z2,
-            ],
-        }
+        Self::new([
+            reporter(flow.direction),
+            s1,
+            s2,
+            s3,
+            s4,
+            s5,
+            s6,
+            s7,
+            s8,
+            known(service.map(|service| &service.hostname)),
+            known(service.map(|service| &service.namespace)),
+            known(service.map(|service| &service.name)),
+            d1,
+            d2,
+            d3,
+            d4,
+            d5,
+            d6,
+            d7,
+            d8,
+            Arc::clone(&TCP),
+            security(flow.security),
+            r1,
+            z1,
+            r2,
+            z2,
+        ])
+    }
+
+    fn new(values: [Arc<str>; COUNT]) -> Self {
+        let hash = KEYS.hash_one(&values);
+        Self { values, hash }
     }
 
     /// The label set that takes what no longer fits: true `reporter`, protocol and security, all else `overflow`.
@@ -128,7 +142,7 @@ impl Labels {
         values[0] = reporter(direction);
         values[PROTOCOL_AT] = Arc::clone(&TCP);
         values[SECURITY_AT] = security(security_policy);
-        Self { values }
+        Self::new(values)
     }
 
     /// `(namespace, workload)` of each end that was known.

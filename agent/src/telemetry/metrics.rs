@@ -9,6 +9,7 @@ use std::{
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
+use heddle_common::{Attestation, Tuple};
 use prometheus::{
     IntCounter, IntCounterVec, Opts, Registry, TextEncoder,
     proto::{MetricFamily, MetricType},
@@ -16,6 +17,7 @@ use prometheus::{
 
 use super::{
     families::{as_f64, counter, family, gauge, label},
+    lane::Health,
     pods::{PodReport, named},
     pressure, process,
     traffic::Traffic,
@@ -32,6 +34,10 @@ use crate::{
 /// Where a scrape reads what other stages know right now.
 pub struct Sources {
     pub live: Box<dyn Fn() -> Vec<Arc<Connection>> + Send + Sync>,
+    /// The kernel lane's connections.
+    pub lane: Box<dyn Fn() -> Vec<(Tuple, Attestation)> + Send + Sync>,
+    /// Records of the kernel lane that found no room, of the pods that are enrolled.
+    pub lane_lost: Box<dyn Fn() -> u64 + Send + Sync>,
     pub pods: Box<dyn Fn() -> Vec<PodReport> + Send + Sync>,
     pub certificates: Box<dyn Fn() -> Vec<CertificateStatus> + Send + Sync>,
     /// Manifest objects that are not in force as written.
@@ -61,6 +67,7 @@ pub(super) struct Metrics {
     denied: IntCounterVec,
     rehearsed: IntCounterVec,
     pub tunnels: Tunnels,
+    pub lane: Health,
     pub served: IntCounter,
     pub left: IntCounter,
     /// Access-log lines that were not written because the pod had enough of their kind in that second.
@@ -103,7 +110,7 @@ impl Metrics {
             registry.register(Box::new(counter.clone()))?;
         }
         registry.register(Box::new(rehearsed.clone()))?;
-        let tunnels = Tunnels::new(&registry)?;
+        let (tunnels, lane) = (Tunnels::new(&registry)?, Health::new(&registry)?);
         registry.register(Box::new(handshakes.clone()))?;
         registry.register(Box::new(denied.clone()))?;
         let traffic = Traffic::new(cluster, limits::METRIC_SERIES);
@@ -115,6 +122,7 @@ impl Metrics {
             rehearsed,
             suppressed,
             tunnels,
+            lane,
             served,
             left,
             denials: Mutex::default(),
@@ -127,17 +135,17 @@ impl Metrics {
         self.handshakes.with_label_values(&[direction_name(direction), result]).inc();
     }
 
-    pub fn denied(&self, denial: &Denial) {
+    pub fn denied(&self, denial: &Denial, count: u64) {
         let policy = denial.policy().cloned().unwrap_or_default();
         let mut seen = self.denials.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (denial.reason(), policy);
         let fits = seen.contains(&key) || seen.len() < limits::METRIC_DENIALS && seen.insert(key.clone());
         drop(seen);
-        self.denied.with_label_values(&[key.0, if fits { &*key.1 } else { "overflow" }]).inc();
+        self.denied.with_label_values(&[key.0, if fits { &*key.1 } else { "overflow" }]).inc_by(count);
     }
 
     /// Counts what a dry-run policy would have done. Whether it is to be logged too.
-    pub fn rehearsed(&self, rehearsal: &Rehearsal, now: Instant) -> bool {
+    pub fn rehearsed(&self, rehearsal: &Rehearsal, count: u64, now: Instant) -> bool {
         let action = action_name(rehearsal.action);
         let key = (action, Arc::clone(&rehearsal.policy));
         let mut seen = self.rehearsals.lock().unwrap_or_else(PoisonError::into_inner);
@@ -150,7 +158,8 @@ impl Metrics {
             seen.insert(key, now);
         }
         drop(seen);
-        self.rehearsed.with_label_values(&[if fits { &*rehearsal.policy } else { "overflow" }, action]).inc();
+        let policy = if fits { &*rehearsal.policy } else { "overflow" };
+        self.rehearsed.with_label_values(&[policy, action]).inc_by(count);
         due
     }
 
@@ -173,6 +182,7 @@ impl Metrics {
         families.extend(pod_families(&pods));
         families.extend(self.open_families());
         families.extend(self.tunnels.families(&sources.pool));
+        families.extend(self.lane.lost((sources.lane_lost)()));
         families.extend(process::runtime_families());
         families.extend(policy_family(&(sources.policy_problems)()));
         families.extend(certificate_family(&(sources.certificates)()));
@@ -249,16 +259,21 @@ impl Metrics {
         });
         let bytes = bytes.collect();
         [
-            family("heddle_connections_open", "Connections that the agent carries.", MetricType::GAUGE, rows.collect()),
+            family(
+                "heddle_connections_open",
+                "Connections that the agent carries, and those of the kernel lane.",
+                MetricType::GAUGE,
+                rows.collect(),
+            ),
             family(
                 "heddle_app_bytes_total",
-                "Plain bytes of apps; security tells how they went between the nodes.",
+                "Plain bytes of apps; security tells how they went between the pods.",
                 MetricType::COUNTER,
                 bytes,
             ),
             family(
                 "istio_tcp_sockets_open",
-                "Connections of apps that are carried, by the side that reports.",
+                "Connections of apps that go on, by the side that reports.",
                 MetricType::GAUGE,
                 sockets.to_vec(),
             ),
@@ -380,7 +395,7 @@ pub(super) fn action_name(action: Action) -> &'static str {
     }
 }
 
-/// `mutual_tls` or `none`.
+/// `mutual_tls`, `kernel_attested` or `none`.
 #[must_use]
 pub fn security_name(security: Security) -> &'static str {
     match security {

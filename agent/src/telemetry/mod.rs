@@ -5,6 +5,7 @@
 mod access_log;
 mod families;
 mod labels;
+mod lane;
 mod metrics;
 mod pods;
 mod pressure;
@@ -18,11 +19,13 @@ mod tunnels;
 
 use std::{
     collections::HashSet,
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
 pub use access_log::{AccessLog, Destination, Format, Record, response_flags};
+pub use lane::{Around, Lane, LaneConnection};
 pub use metrics::{Sources, direction_name, seconds_until, security_name};
 pub use pods::{PodReport, named};
 pub use spans::{Export, Exporting};
@@ -65,6 +68,7 @@ pub struct Telemetry {
     cluster: Arc<str>,
     log: AccessLog,
     spans: Option<spans::Spans>,
+    lane: lane::State,
 }
 
 impl Telemetry {
@@ -73,7 +77,8 @@ impl Telemetry {
     /// # Errors
     /// Never in practice: only when two metrics had the same name.
     pub fn new(cluster: Arc<str>, log: AccessLog) -> Result<Self, TelemetryError> {
-        Ok(Self { metrics: metrics::Metrics::new(Arc::clone(&cluster))?, cluster, log, spans: None })
+        let metrics = metrics::Metrics::new(Arc::clone(&cluster))?;
+        Ok(Self { metrics, cluster, log, spans: None, lane: lane::State::default() })
     }
 
     /// Adds the labels of regions and zones to the metrics of connections, from what [`Telemetry::learn`] is told.
@@ -101,6 +106,7 @@ impl Telemetry {
     /// # Errors
     /// When a family can't be written.
     pub fn scrape(&self, sources: &Sources) -> Result<String, TelemetryError> {
+        self.lane().look(&sources.lane);
         let spans = self.spans.iter().flat_map(spans::Spans::families).collect();
         Ok(self.metrics.scrape(sources, self.log.dropped(), spans, Instant::now())?)
     }
@@ -117,7 +123,7 @@ impl Telemetry {
 
     fn tell(&self, flow: &Flow, end: &End, carried: Option<((u64, u64), Duration)>) {
         if let End::Denied(denial) = end {
-            self.metrics.denied(denial);
+            self.metrics.denied(denial, 1);
         }
         if let Some(spans) = &self.spans {
             spans.told(flow, end, carried.map(|(bytes, _)| bytes));
@@ -126,20 +132,37 @@ impl Telemetry {
             self.metrics.suppressed.inc();
         }
     }
+
+    /// A dry-run policy matched so many connections.
+    fn rehearse(&self, flow: &Flow, rehearsal: &Rehearsal, count: u64) {
+        if self.metrics.rehearsed(rehearsal, count, Instant::now()) {
+            tracing::info!(
+                policy = %rehearsal.policy,
+                action = metrics::action_name(rehearsal.action),
+                source = %flow.source,
+                identity = flow.source_principal.as_ref().map_or("", |id| id.as_str()),
+                destination = %flow.hbone_target.unwrap_or(flow.destination),
+                "Dry-run policy matches"
+            );
+        }
+    }
+}
+
+fn told_opened(flow: &Flow, source: SocketAddr) {
+    tracing::debug!(
+        target: "access",
+        src = %source,
+        dst = %flow.hbone_target.unwrap_or(flow.destination),
+        direction = direction_name(flow.direction),
+        security = security_name(flow.security),
+        "connection opened"
+    );
 }
 
 impl Observer for Telemetry {
     fn opened(&self, connection: &Connection) {
         self.metrics.traffic.opened(connection, Instant::now());
-        let flow = &connection.flow;
-        tracing::debug!(
-            target: "access",
-            src = %flow.source,
-            dst = %flow.hbone_target.unwrap_or(flow.destination),
-            direction = direction_name(flow.direction),
-            security = security_name(flow.security),
-            "connection opened"
-        );
+        told_opened(&connection.flow, connection.flow.source);
     }
 
     fn closed(&self, connection: &Connection, end: &End) {
@@ -161,17 +184,7 @@ impl Observer for Telemetry {
     }
 
     fn rehearsed(&self, connection: &Connection, rehearsal: &Rehearsal) {
-        if self.metrics.rehearsed(rehearsal, Instant::now()) {
-            let flow = &connection.flow;
-            tracing::info!(
-                policy = %rehearsal.policy,
-                action = metrics::action_name(rehearsal.action),
-                source = %flow.source,
-                identity = flow.source_principal.as_ref().map_or("", |id| id.as_str()),
-                destination = %flow.hbone_target.unwrap_or(flow.destination),
-                "Dry-run policy matches"
-            );
-        }
+        self.rehearse(&connection.flow, rehearsal, 1);
     }
 
     fn wire_opened(&self, wire: &Arc<Wire>) {

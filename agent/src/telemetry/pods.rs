@@ -46,7 +46,7 @@ impl PodReport {
 
 /// The kernel's counters by name.
 #[must_use]
-pub fn named(counts: &PodCounts) -> [(&'static str, u64); 9] {
+pub fn named(counts: &PodCounts) -> [(&'static str, u64); 14] {
     [
         ("marked", counts.marked),
         ("unmarkable", counts.unmarkable),
@@ -57,5 +57,10 @@ pub fn named(counts: &PodCounts) -> [(&'static str, u64); 9] {
         ("direct", counts.direct),
         ("udp_unprotected_connects", counts.udp_connects),
         ("udp_unprotected_datagrams", counts.udp_datagrams),
+        ("lane", counts.lane),
+        ("lane_denied", counts.lane_denied),
+        ("lane_missed", counts.lane_missed),
+        ("lane_full", counts.lane_full),
+        ("lane_events_lost", counts.events_lost),
     ]
 }

@@ -33,10 +33,12 @@ pub(super) struct Suppress {
 }
 
 impl Suppress {
-    /// Whether this line may be written: then how many of its kind were not since the last one.
-    pub fn admit(&self, flow: &Flow, end: &End, now: Instant) -> Option<u64> {
+    /// Whether this line, which tells of `count` connections, may be written: then how many of its kind have none of their own
+    /// since the last one.
+    pub fn admit(&self, flow: &Flow, end: &End, count: u64, now: Instant) -> Option<u64> {
+        let others = count.saturating_sub(1);
         let reason = match end {
-            End::Complete => return Some(0),
+            End::Complete => return Some(others),
             End::Denied(_) => "denied",
             End::Failed { reason, .. } => reason,
         };
@@ -57,11 +59,11 @@ impl Suppress {
             (window.began, window.lines) = (now, 0);
         }
         if window.lines >= limits::LOG_REFUSALS {
-            window.suppressed += 1;
+            window.suppressed += count;
             return None;
         }
         window.lines += 1;
-        Some(std::mem::take(&mut window.suppressed))
+        Some(std::mem::take(&mut window.suppressed) + others)
     }
 }
 
@@ -80,14 +82,15 @@ mod tests {
         let flow = flow(Direction::Inbound);
         let (denied, cap) = (End::Denied(Denial::NotAllowed), u64::from(limits::LOG_REFUSALS));
         for _ in 0..cap {
-            assert_eq!(suppress.admit(&flow, &denied, start), Some(0));
+            assert_eq!(suppress.admit(&flow, &denied, 1, start), Some(0));
         }
         for _ in 0..5 {
-            assert_eq!(suppress.admit(&flow, &denied, start + WINDOW / 2), None);
+            assert_eq!(suppress.admit(&flow, &denied, 1, start + WINDOW / 2), None);
         }
-        assert_eq!(suppress.admit(&flow, &failed("timeout"), start), Some(0), "another reason has lines of its own");
-        assert_eq!(suppress.admit(&flow, &denied, start + WINDOW), Some(5));
-        assert_eq!(suppress.admit(&flow, &denied, start + WINDOW), Some(0));
+        assert_eq!(suppress.admit(&flow, &failed("timeout"), 1, start), Some(0), "another reason has lines of its own");
+        assert_eq!(suppress.admit(&flow, &denied, 1, start + WINDOW), Some(5));
+        assert_eq!(suppress.admit(&flow, &denied, 1, start + WINDOW), Some(0));
+        assert_eq!(suppress.admit(&flow, &denied, 8, start + WINDOW), Some(7), "one line for eight");
     }
 
     #[test]
@@ -95,7 +98,7 @@ mod tests {
         let (suppress, now) = (Suppress::default(), Instant::now());
         let flow = flow(Direction::Outbound);
         for _ in 0..10 * limits::LOG_REFUSALS {
-            assert_eq!(suppress.admit(&flow, &End::Complete, now), Some(0));
+            assert_eq!(suppress.admit(&flow, &End::Complete, 1, now), Some(0));
         }
     }
 
@@ -108,7 +111,7 @@ mod tests {
             let mut workload = flow.destination_workload.as_deref().unwrap().clone();
             workload.uid = format!("pod{number}").into();
             flow.destination_workload = Some(Arc::new(workload));
-            written += usize::from(suppress.admit(&flow, &failed("timeout"), now).is_some());
+            written += usize::from(suppress.admit(&flow, &failed("timeout"), 1, now).is_some());
         }
         assert_eq!(suppress.windows.lock().unwrap().len(), limits::LOG_WINDOWS + 1);
         assert_eq!(written, limits::LOG_WINDOWS + limits::LOG_REFUSALS as usize);

@@ -54,6 +54,8 @@ pub(super) struct Traffic {
 struct Table {
     sets: HashMap<Arc<Labels>, Counts>,
     live: HashMap<u64, Live>,
+    /// Open connections that others follow, see [`Tally`].
+    followed: Open,
     carried: Carried,
     /// Events that counted under overflow.
     overflowed: u64,
@@ -82,6 +84,29 @@ struct Live {
     reported: (u64, u64),
 }
 
+/// What connections of one label set did, of which someone else knows each: the kernel lane's.
+///
+/// Each must have been told as opened before, or in the same tally as, its bytes and its end.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(super) struct Tally {
+    pub opened: u64,
+    /// From client to app and from app to client.
+    pub bytes: (u64, u64),
+    /// By response flags.
+    pub closed: Vec<(&'static str, u64)>,
+    pub failed: Vec<(&'static str, u64)>,
+}
+
+impl Tally {
+    pub fn close(&mut self, flags: &'static str) {
+        bump(&mut self.closed, flags, 1);
+    }
+
+    pub fn fail(&mut self, flags: &'static str, count: u64) {
+        bump(&mut self.failed, flags, count);
+    }
+}
+
 /// How many connections are open.
 pub(super) type Open = HashMap<(Direction, Security), usize>;
 
@@ -104,7 +129,8 @@ impl Traffic {
         }
     }
 
-    fn labels(&self, flow: &Flow) -> Arc<Labels> {
+    /// What connections like this one are counted under.
+    pub fn labels(&self, flow: &Flow) -> Arc<Labels> {
         let localities = self.localities.as_ref().map(ArcSwap::load);
         Arc::new(Labels::of(flow, &self.cluster, localities.as_ref().map(|known| &***known)))
     }
@@ -118,7 +144,7 @@ impl Traffic {
         let flow = &connection.flow;
         let labels = self.labels(flow);
         let mut table = self.table();
-        let labels = table.admit(labels, flow, self.capacity, now, Counts::cost_of_open);
+        let labels = table.admit(labels, of(flow), self.capacity, (1, now), Counts::cost_of_open);
         if let Some(counts) = table.sets.get_mut(&labels) {
             counts.opened += 1;
             counts.live += 1;
@@ -135,19 +161,42 @@ impl Traffic {
         if let Some(counts) = table.sets.get_mut(&live.labels) {
             counts.live = counts.live.saturating_sub(1);
         }
-        let labels =
-            table.admit(live.labels, &connection.flow, self.capacity, now, |counts| counts.cost_of_close(flags));
+        let labels = table
+            .admit(live.labels, of(&connection.flow), self.capacity, (1, now), |counts| counts.cost_of_close(flags));
         if let Some(counts) = table.sets.get_mut(&labels) {
-            bump(&mut counts.closed, flags);
+            bump(&mut counts.closed, flags, 1);
         }
     }
 
     pub fn failed(&self, flow: &Flow, flags: &'static str, now: Instant) {
         let labels = self.labels(flow);
         let mut table = self.table();
-        let labels = table.admit(labels, flow, self.capacity, now, |counts| cost(&counts.failed, flags));
+        let labels = table.admit(labels, of(flow), self.capacity, (1, now), |counts| cost(&counts.failed, flags));
         if let Some(counts) = table.sets.get_mut(&labels) {
-            bump(&mut counts.failed, flags);
+            bump(&mut counts.failed, flags, 1);
+        }
+    }
+
+    /// Adds what many connections with the same labels did.
+    pub fn tally(&self, labels: &Arc<Labels>, of: (Direction, Security), tally: &Tally, now: Instant) {
+        let mut table = self.table();
+        if tally.opened > 0 {
+            let labels = table.admit(Arc::clone(labels), of, self.capacity, (tally.opened, now), Counts::cost_of_open);
+            *table.followed.entry(of).or_default() += count(tally.opened);
+            if let Some(counts) = table.sets.get_mut(&labels) {
+                counts.opened += tally.opened;
+                counts.live += count(tally.opened);
+            }
+        }
+        if tally.bytes != (0, 0) || !tally.closed.is_empty() {
+            table.carry(labels, of, tally, self.capacity, now);
+        }
+        for (flags, events) in &tally.failed {
+            let place = Arc::clone(labels);
+            let labels = table.admit(place, of, self.capacity, (*events, now), |counts| cost(&counts.failed, flags));
+            if let Some(counts) = table.sets.get_mut(&labels) {
+                bump(&mut counts.failed, flags, *events);
+            }
         }
     }
 
@@ -183,8 +232,9 @@ impl Traffic {
     }
 
     pub fn open(&self) -> Open {
-        let mut open = Open::new();
-        for live in self.table().live.values() {
+        let table = self.table();
+        let mut open = table.followed.clone();
+        for live in table.live.values() {
             *open.entry((live.direction, live.security)).or_default() += 1;
         }
         open
@@ -236,14 +286,14 @@ const FAMILIES: [(&str, &str); 5] = [
 ];
 
 impl Table {
-    /// The labels to count under: `wanted` while there is room for the lines that the event adds, else overflow. The
-    /// set exists afterwards.
+    /// The labels to count so many events under: `wanted` while there is room for the lines that they add, else overflow.
+    /// The set exists afterwards.
     fn admit(
         &mut self,
         wanted: Arc<Labels>,
-        flow: &Flow,
+        (direction, security): (Direction, Security),
         capacity: usize,
-        now: Instant,
+        (events, now): (u64, Instant),
         cost: impl Fn(&Counts) -> usize,
     ) -> Arc<Labels> {
         let adds = match self.sets.get_mut(&wanted) {
@@ -258,10 +308,36 @@ impl Table {
             self.sets.entry(Arc::clone(&wanted)).or_insert_with(|| Counts::new(false, now));
             return wanted;
         }
-        self.overflowed += 1;
-        let labels = Arc::new(Labels::overflow(flow.direction, flow.security));
+        self.overflowed += events;
+        let labels = Arc::new(Labels::overflow(direction, security));
         self.sets.entry(Arc::clone(&labels)).or_insert_with(|| Counts::new(true, now)).touched = now;
         labels
+    }
+
+    /// Bytes and ends of a tally, under the labels where its connections were opened.
+    fn carry(&mut self, wanted: &Arc<Labels>, of: (Direction, Security), tally: &Tally, capacity: usize, now: Instant) {
+        let place = match self.sets.get(wanted) {
+            Some(counts) if counts.opened > 0 => Arc::clone(wanted),
+            _ => Arc::new(Labels::overflow(of.0, of.1)),
+        };
+        let closed = count(tally.closed.iter().map(|(_, events)| events).sum());
+        if let Some(open) = self.followed.get_mut(&of) {
+            *open = open.saturating_sub(closed);
+        }
+        let counts = self.sets.entry(Arc::clone(&place)).or_insert_with(|| Counts::new(true, now));
+        counts.received += tally.bytes.0;
+        counts.sent += tally.bytes.1;
+        counts.live = counts.live.saturating_sub(closed);
+        counts.touched = now;
+        let carried = self.carried.entry(of).or_default();
+        *carried = (carried.0 + tally.bytes.0, carried.1 + tally.bytes.1);
+        for (flags, events) in &tally.closed {
+            let labels =
+                self.admit(Arc::clone(&place), of, capacity, (*events, now), |counts| counts.cost_of_close(flags));
+            if let Some(counts) = self.sets.get_mut(&labels) {
+                bump(&mut counts.closed, flags, *events);
+            }
+        }
     }
 
     fn add(&mut self, live: &mut Live, bytes: (u64, u64), now: Instant) {
@@ -314,11 +390,19 @@ fn cost(counts: &[(&'static str, u64)], flags: &'static str) -> usize {
     usize::from(!counts.iter().any(|(known, _)| *known == flags))
 }
 
-fn bump(counts: &mut Vec<(&'static str, u64)>, flags: &'static str) {
+fn bump(counts: &mut Vec<(&'static str, u64)>, flags: &'static str, by: u64) {
     match counts.iter_mut().find(|(known, _)| *known == flags) {
-        Some((_, count)) => *count += 1,
-        None => counts.push((flags, 1)),
+        Some((_, count)) => *count += by,
+        None => counts.push((flags, by)),
     }
+}
+
+fn of(flow: &Flow) -> (Direction, Security) {
+    (flow.direction, flow.security)
+}
+
+fn count(connections: u64) -> usize {
+    usize::try_from(connections).unwrap_or(usize::MAX)
 }
 
 fn pairs(labels: &Labels, flags: &str, names: usize) -> Vec<LabelPair> {
