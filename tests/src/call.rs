@@ -1,11 +1,16 @@
 //! One run of `lab-peer` as a client in a pod: its options, its deadline, its typed report.
 
-use std::{fmt::Display, marker::PhantomData, time::Duration};
+use std::{fmt::Display, marker::PhantomData, net::IpAddr, time::Duration};
 
 use anyhow::{Context, Result};
 use serde::de::DeserializeOwned;
 
-use crate::{pod::Pod, process::Process, reports::Held};
+use crate::{
+    Lab, Netns,
+    pod::{Elsewhere, Pod},
+    process::Process,
+    reports::Held,
+};
 
 /// A client that is about to run.
 #[must_use = "a call does nothing until it runs"]
@@ -15,6 +20,7 @@ pub struct Call<'pod, T> {
     args: Vec<String>,
     deadline: Duration,
     yields: bool,
+    elsewhere: Elsewhere,
     report: PhantomData<T>,
 }
 
@@ -36,7 +42,14 @@ pub struct Holding {
 
 impl<'pod, T> Call<'pod, T> {
     pub(crate) fn new(pod: &'pod Pod, verb: &str) -> Self {
-        Self { pod, args: vec![verb.to_owned()], deadline: Duration::from_secs(30), yields: false, report: PhantomData }
+        Self {
+            pod,
+            args: vec![verb.to_owned()],
+            deadline: Duration::from_secs(30),
+            yields: false,
+            elsewhere: Elsewhere::default(),
+            report: PhantomData,
+        }
     }
 
     /// Any option of `lab-peer` with a value.
@@ -83,6 +96,26 @@ impl<'pod, T> Call<'pod, T> {
         self.with("--mark", mark)
     }
 
+    /// Binds the socket to an address that may be another pod's (`IP_FREEBIND`, `IP_TRANSPARENT`: CAP_NET_ADMIN).
+    pub fn bind_address(self, address: impl Into<IpAddr>) -> Self {
+        self.with("--bind-address", address.into())
+    }
+
+    /// Runs in another network namespace, though in the pod's cgroup.
+    pub fn in_netns(mut self, netns: &Netns) -> Self {
+        self.elsewhere.netns = Some(netns.path());
+        self
+    }
+
+    /// Runs as a process of the pod's node: its network namespace, and no pod's cgroup.
+    pub fn on_the_host(mut self, lab: &Lab) -> Result<Self> {
+        self.elsewhere.netns = Some(lab.node(self.pod.node())?.netns.path());
+        let folder = lab.claim().cgroup.join("host");
+        crate::cgroup::make(&folder)?;
+        self.elsewhere.cgroup = Some(folder);
+        Ok(self)
+    }
+
     /// Takes only the processor time that nobody else wants, as one on another machine would.
     pub fn yielding(mut self) -> Self {
         self.yields = true;
@@ -100,7 +133,7 @@ impl<T: DeserializeOwned> Call<'_, T> {
     /// Starts it in the background.
     pub fn start(self) -> Result<Running<T>> {
         let verb = self.args.first().map_or("", String::as_str);
-        let process = self.pod.start_lab_peer(verb, &self.args, self.yields)?;
+        let process = self.pod.start_lab_peer(&self.elsewhere, verb, &self.args, self.yields)?;
         Ok(Running { process, deadline: self.deadline, report: PhantomData })
     }
 

@@ -25,6 +25,7 @@ pub mod certificates;
 pub mod cgroup;
 pub mod hostile;
 pub mod http;
+pub mod kernel;
 pub mod lab;
 pub mod logs;
 pub mod manifests;
@@ -43,6 +44,7 @@ pub mod wait;
 
 pub use agent::TRUST_DOMAIN;
 pub use lab::{Lab, LabBuilder};
+pub use netns::Netns;
 pub use node::Node;
 pub use pod::Pod;
 pub use reports::Who;

@@ -22,7 +22,7 @@ use crate::{
     lab::Ground,
     netns::Netns,
     process::{Place, Process},
-    reports::{Churned, Connected, Datagrams, Event, Held, Measured, Storm, Transferred, Tunnelled},
+    reports::{Churned, Connected, Datagrams, Event, Held, Measured, Storm, Tallied, Transferred, Tunnelled},
 };
 
 /// A pod that is being described; [`PodBuilder::start`] makes it.
@@ -39,6 +39,7 @@ pub struct PodBuilder {
     serves: Vec<String>,
     enrolled: bool,
     unproven: bool,
+    slot: Option<u8>,
 }
 
 impl PodBuilder {
@@ -54,6 +55,7 @@ impl PodBuilder {
             serves: Vec::new(),
             enrolled: true,
             unproven: false,
+            slot: None,
         }
     }
 
@@ -91,6 +93,12 @@ impl PodBuilder {
         self
     }
 
+    /// Gets the addresses that a deleted pod of this node had ([`Pod::slot`]).
+    pub fn at_slot(mut self, slot: u8) -> Self {
+        self.slot = Some(slot);
+        self
+    }
+
     /// Doesn't wait until the agent has proven its capture.
     pub fn unproven(mut self) -> Self {
         self.unproven = true;
@@ -103,7 +111,7 @@ impl PodBuilder {
         ground.need_namespace(&namespace)?;
         let full = format!("{}-{namespace}-{name}", ground.claim.prefix);
         let host = ground.node(node)?;
-        let slot = ground.next_slot(node);
+        let slot = self.slot.unwrap_or_else(|| ground.next_slot(node));
         let (v4, v6) = host.pod_addresses(slot);
         let netns = Netns::create(&full)?;
         netns.batch(&[
@@ -123,6 +131,7 @@ impl PodBuilder {
             namespace,
             service_account: self.service_account,
             node,
+            slot,
             v4,
             v6,
             netns,
@@ -149,6 +158,13 @@ impl PodBuilder {
     }
 }
 
+/// Where a client of a pod runs, if not where the pod's processes do.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Elsewhere {
+    pub netns: Option<PathBuf>,
+    pub cgroup: Option<PathBuf>,
+}
+
 /// A pod that exists.
 #[derive(Debug)]
 pub struct Pod {
@@ -158,6 +174,7 @@ pub struct Pod {
     namespace: String,
     service_account: String,
     node: u8,
+    slot: u8,
     v4: Ipv4Addr,
     v6: Ipv6Addr,
     netns: Netns,
@@ -182,6 +199,18 @@ impl Pod {
     #[must_use]
     pub fn node(&self) -> u8 {
         self.node
+    }
+
+    /// Which of its node's addresses it has.
+    #[must_use]
+    pub fn slot(&self) -> u8 {
+        self.slot
+    }
+
+    /// `metadata.uid`.
+    #[must_use]
+    pub fn uid(&self) -> &str {
+        &self.uid
     }
 
     /// `namespace/name`.
@@ -259,11 +288,22 @@ impl Pod {
         program: impl AsRef<OsStr>,
         args: &[S],
     ) -> Result<Process> {
+        self.start_elsewhere(&Elsewhere::default(), name, program, args)
+    }
+
+    /// Starts any program of the pod, but in another network namespace or cgroup.
+    fn start_elsewhere<S: AsRef<OsStr>>(
+        &self,
+        elsewhere: &Elsewhere,
+        name: &str,
+        program: impl AsRef<OsStr>,
+        args: &[S],
+    ) -> Result<Process> {
         static COUNT: AtomicU32 = AtomicU32::new(1);
         let name = format!("{}-{}-{name}-{}", self.namespace, self.name, COUNT.fetch_add(1, Ordering::Relaxed));
         let place = Place {
-            netns: Some(self.netns.path()),
-            cgroup: Some(self.cgroup.clone()),
+            netns: Some(elsewhere.netns.clone().unwrap_or_else(|| self.netns.path())),
+            cgroup: Some(elsewhere.cgroup.clone().unwrap_or_else(|| self.cgroup.clone())),
             logs: self.ground.claim.dir.join("logs"),
             files: None,
         };
@@ -287,6 +327,11 @@ impl Pod {
     /// `count` connections, `concurrent` at a time, each verified with an echoed byte.
     pub fn churn(&self, to: SocketAddr, count: u64, concurrent: u64) -> Call<'_, Churned> {
         self.call("churn").with("--to", to).with("--count", count).with("--concurrent", concurrent).within(180)
+    }
+
+    /// `count` connections to a `who` server, `concurrent` at a time: who answered, and over which way.
+    pub fn tally(&self, to: SocketAddr, count: u64, concurrent: u64) -> Call<'_, Tallied> {
+        self.call("tally").with("--to", to).with("--count", count).with("--concurrent", concurrent).within(180)
     }
 
     /// `count` connections that stay open: see [`crate::call::Holding`].
@@ -346,14 +391,20 @@ impl Pod {
     }
 
     /// One that yields has the lowest priority of all on this machine.
-    pub(crate) fn start_lab_peer(&self, verb: &str, args: &[String], yields: bool) -> Result<Process> {
+    pub(crate) fn start_lab_peer(
+        &self,
+        elsewhere: &Elsewhere,
+        verb: &str,
+        args: &[String],
+        yields: bool,
+    ) -> Result<Process> {
         let binary = binaries::lab_peer()?;
         if !yields {
-            return self.start_process(verb, binary, args);
+            return self.start_elsewhere(elsewhere, verb, binary, args);
         }
         let mut all = vec!["-n".to_owned(), "19".to_owned(), binary.display().to_string()];
         all.extend_from_slice(args);
-        self.start_process(verb, "nice", &all)
+        self.start_elsewhere(elsewhere, verb, "nice", &all)
     }
 
     /// Waits until the agent of its node has proven its capture. A node without a running agent is passed over.
@@ -400,16 +451,24 @@ impl Pod {
         self.apply()
     }
 
+    /// Takes an annotation off the running pod.
+    pub fn unannotate(&self, key: &str) -> Result<()> {
+        locked(&self.annotations).remove(key);
+        self.apply()
+    }
+
     /// Ends its servers, as a crash would; the pod itself stays.
     pub fn stop_servers(&self) -> Result<()> {
         std::mem::take(&mut *self.processes()).into_iter().try_for_each(Process::kill)
     }
 
-    /// Deletes it: manifest, processes, namespace, cgroup.
+    /// Deletes it: manifest, processes, cgroup, device, namespace. Its addresses may be given again.
     pub fn delete(self) -> Result<()> {
         self.ground.manifests.delete(&self.manifest())?;
         self.processes().clear();
         cgroup::remove(&self.cgroup)?;
+        // Both ends of the device go with one, at once; with the namespace they would go some time.
+        self.ground.node(self.node)?.netns.batch(&[format!("link del pod{}", self.slot)])?;
         Netns::delete(self.netns.name())
     }
 

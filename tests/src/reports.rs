@@ -66,6 +66,33 @@ pub struct Churned {
     pub p99_us: u64,
 }
 
+/// Connections to `who` servers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tallied {
+    /// How often each server answered.
+    pub answers: BTreeMap<String, u64>,
+    /// Of these, connections that the server saw with the client's own port: no proxy was between.
+    pub direct: BTreeMap<String, u64>,
+    /// Failures by kind, as in [`Connected::error`].
+    pub errors: BTreeMap<String, u64>,
+    /// Connections whose `getpeername()` was not what the client had asked for.
+    pub strange_peer: u64,
+    /// Connections whose client address at the server was not the client's own.
+    pub strange_client: u64,
+}
+
+impl Tallied {
+    #[must_use]
+    pub fn answered(&self) -> u64 {
+        self.answers.values().sum()
+    }
+
+    #[must_use]
+    pub fn failed(&self) -> u64 {
+        self.errors.values().sum()
+    }
+}
+
 /// Short connections for a time, as fast as they go.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Storm {

@@ -99,6 +99,18 @@ impl Agent {
         Usage::of(self.daemon.pid().context("the agent does not run")?)
     }
 
+    /// Processor time of its threads so far, to the microsecond; without that of threads which have ended.
+    pub fn busy(&self) -> Result<Duration> {
+        let pid = self.daemon.pid().context("the agent does not run")?;
+        let mut nanoseconds = 0;
+        for task in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
+            // Documentation/scheduler/sched-stats.rst: time on the processor comes first.
+            let text = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
+            nanoseconds += text.split_whitespace().next().and_then(|first| first.parse::<u64>().ok()).unwrap_or(0);
+        }
+        Ok(Duration::from_nanos(nanoseconds))
+    }
+
     /// Watches its memory until the answer is dropped.
     pub fn peak(&self) -> Result<Peak> {
         Ok(Peak::of(self.daemon.pid().context("the agent does not run")?))
