@@ -1,6 +1,10 @@
 //! Peers that misbehave, and honest ones beside them: what `lab-peer`'s hostile verbs are asked and what they report.
 
-use std::{collections::BTreeMap, fmt::Display, net::SocketAddr};
+use std::{
+    collections::BTreeMap,
+    fmt::Display,
+    net::{IpAddr, SocketAddr},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -104,6 +108,12 @@ pub struct Scanned {
 }
 
 impl Scanned {
+    /// All tries.
+    #[must_use]
+    pub fn all(&self) -> u64 {
+        self.met.values().sum()
+    }
+
     #[must_use]
     pub fn count(&self, how: &str) -> u64 {
         self.met.get(how).copied().unwrap_or_default()
@@ -176,6 +186,30 @@ impl Pod {
     pub fn syns(&self, to: SocketAddr, sources: std::net::Ipv4Addr, rate: u64, seconds: u64) -> Call<'_, Scanned> {
         let call = self.call("syns").with("--to", to).with("--sources", sources);
         call.with("--rate", rate).with("--seconds", seconds)
+    }
+
+    /// Packets of `count` connections with another's source address: a SYN for each port from `port` on, and `guesses`
+    /// segments with data after it.
+    pub fn forge(
+        &self,
+        source: impl Into<IpAddr>,
+        to: SocketAddr,
+        (port, count): (u16, u16),
+        guesses: u32,
+    ) -> Call<'_, Scanned> {
+        let call = self.call("forge").with("--source", source.into()).with("--to", to);
+        call.with("--port", port).with("--count", count).with("--guesses", guesses)
+    }
+
+    /// A connection with each of these marks.
+    pub fn marks(&self, to: SocketAddr, marks: &[u32]) -> Call<'_, Scanned> {
+        let marks: Vec<String> = marks.iter().map(u32::to_string).collect();
+        self.call("marks").with("--to", to).with("--marks", marks.join(",")).within(60)
+    }
+
+    /// `count` connections from one port, each reset, one right after the other.
+    pub fn reuse(&self, to: SocketAddr, port: u16, count: u64) -> Call<'_, Scanned> {
+        self.call("reuse").with("--to", to).with("--bind-port", port).with("--count", count).within(60)
     }
 
     /// `count` connections that end badly.

@@ -1,11 +1,6 @@
 //! The kernel's tables of a node, read and written past its agent: what the kernel lane holds, and what its programs cost.
 
-use std::{
-    collections::BTreeMap,
-    net::IpAddr,
-    path::PathBuf,
-    time::Duration,
-};
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use aya::{

@@ -8,7 +8,7 @@ use std::{
 
 use clap::Args;
 use heddle_lab::sys;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::{
     net::{TcpSocket, TcpStream},
     time::timeout,
@@ -28,10 +28,16 @@ pub struct Dial {
     pub fastopen: bool,
     #[arg(long)]
     pub bind_port: Option<u16>,
+    /// An address to connect from, which may be somebody else's.
+    #[arg(long)]
+    pub bind_address: Option<IpAddr>,
     #[arg(long)]
     pub bind_device: Option<String>,
     #[arg(long)]
     pub mark: Option<u32>,
+    /// Another mark once `connect()` has returned: with Fast Open that is before the SYN leaves.
+    #[arg(long)]
+    pub mark_after: Option<u32>,
     /// Connect, and each wait for bytes (milliseconds).
     #[arg(long, default_value_t = 10_000)]
     pub patience: u64,
@@ -62,11 +68,21 @@ impl Dial {
         if let Some(device) = &self.bind_device {
             socket.bind_device(Some(device.as_bytes()))?;
         }
-        if let Some(port) = self.bind_port {
+        if let Some(address) = self.bind_address {
+            if address.is_ipv4() {
+                socket.set_freebind_v4(true)?;
+                socket.set_ip_transparent_v4(true)?;
+            } else {
+                socket.set_freebind_v6(true)?;
+                socket.set_ip_transparent_v6(true)?;
+            }
+        }
+        if self.bind_port.is_some() || self.bind_address.is_some() {
             let any: IpAddr =
                 if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
             socket.set_reuse_address(true)?;
-            socket.bind(&SocketAddr::new(any, port).into())?;
+            let from = SocketAddr::new(self.bind_address.unwrap_or(any), self.bind_port.unwrap_or(0));
+            socket.bind(&from.into())?;
         }
         if self.fastopen {
             sys::set_fastopen_connect(&socket)?;
@@ -75,7 +91,12 @@ impl Dial {
             socket.set_tcp_nodelay(true)?;
         }
         let socket = TcpSocket::from_std_stream(socket.into());
-        timeout(self.patience(), socket.connect(target)).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+        let connected = timeout(self.patience(), socket.connect(target)).await;
+        let stream = connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+        if let Some(mark) = self.mark_after {
+            SockRef::from(&stream).set_mark(mark)?;
+        }
+        Ok(stream)
     }
 }
 
@@ -88,6 +109,7 @@ pub fn kind(error: &io::Error) -> String {
         }
         io::ErrorKind::PermissionDenied => "forbidden".to_owned(),
         io::ErrorKind::TimedOut => "timeout".to_owned(),
+        io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable => "address".to_owned(),
         io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => "unreachable".to_owned(),
         io::ErrorKind::UnexpectedEof => "closed".to_owned(),
         _ => error.to_string(),

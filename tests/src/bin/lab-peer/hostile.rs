@@ -8,7 +8,7 @@ use crate::{
     ask,
     dial::Dial,
     flood::{self, Attack, Flood},
-    many, outlive, pace, scan, script, shakes, silent, stuff, tell,
+    forge, load, many, outlive, pace, scan, script, shakes, silent, stuff, tell,
 };
 
 /// Where a client with a good certificate goes, and what it asks for.
@@ -129,6 +129,22 @@ pub enum Verb {
         #[arg(long)]
         seconds: u64,
     },
+    /// Segments with another's address.
+    Forge(forge::Forge),
+    /// A connection with each of these marks.
+    Marks {
+        #[command(flatten)]
+        dial: Dial,
+        #[arg(long, value_delimiter = ',')]
+        marks: Vec<u32>,
+    },
+    /// Connections from one port, one right after the other.
+    Reuse {
+        #[command(flatten)]
+        dial: Dial,
+        #[arg(long)]
+        count: u64,
+    },
     /// Connections that end badly.
     Aborts {
         #[command(flatten)]
@@ -184,6 +200,9 @@ pub async fn run(verb: Verb) -> anyhow::Result<()> {
         Verb::Syns { to, sources, rate, seconds } => {
             tell(&scan::syns(to, sources, rate, Duration::from_secs(seconds))?)
         }
+        Verb::Forge(forge) => tell(&forge::run(&forge)?),
+        Verb::Marks { dial, marks } => tell(&load::marks(&dial, &marks).await),
+        Verb::Reuse { dial, count } => tell(&load::reuse(&dial, count).await),
         Verb::Aborts { dial, count, concurrent } => tell(&scan::aborts(&dial, count, concurrent).await?),
         Verb::Shakes { aim: Aim { to, authority, cert, key }, rate, seconds } => {
             tell(&shakes::run(to, &authority, &(cert, key), rate, Duration::from_secs(seconds)).await?)

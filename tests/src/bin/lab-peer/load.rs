@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -9,7 +10,10 @@ use std::{
     time::Instant,
 };
 
-use heddle_lab::reports::{Churned, Held};
+use heddle_lab::{
+    hostile::Scanned,
+    reports::{Churned, Held, Tallied},
+};
 use tokio::{
     net::TcpStream,
     sync::Mutex,
@@ -18,7 +22,7 @@ use tokio::{
 
 use crate::{
     dial::{Dial, kind},
-    one::{micros, ping, quantile},
+    one::{self, micros, ping, quantile},
     tell,
 };
 
@@ -58,6 +62,59 @@ pub async fn churn(dial: &Dial, count: u64, concurrent: u64) -> Churned {
     report.seconds = start.elapsed().as_secs_f64();
     report.p50_us = quantile(&times, 0.5);
     report.p99_us = quantile(&times, 0.99);
+    report
+}
+
+/// Connections to `who` servers, `concurrent` at a time: who answered, and what each end saw of the other.
+pub async fn tally(dial: &Dial, count: u64, concurrent: u64) -> anyhow::Result<Tallied> {
+    let mut report = Tallied::default();
+    let (mut asking, mut left) = (JoinSet::new(), 0..count);
+    loop {
+        while asking.len() < usize::try_from(concurrent)? {
+            let Some(_) = left.next() else { break };
+            let dial = dial.clone();
+            asking.spawn(async move { one::connect(&dial, "", false, None, "").await });
+        }
+        let Some(asked) = asking.join_next().await else { return Ok(report) };
+        let seen = asked?;
+        let Ok(who) = seen.who() else {
+            *report.errors.entry(seen.error.unwrap_or_else(|| "no answer".to_owned())).or_default() += 1;
+            continue;
+        };
+        let plain = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+        let local = seen.local.map(plain);
+        report.strange_peer += u64::from(seen.peer.map(plain) != Some(dial.to));
+        report.strange_client += u64::from(local.map(|local| local.ip()) != Some(plain(who.peer).ip()));
+        if local == Some(plain(who.peer)) {
+            *report.direct.entry(who.name.clone()).or_default() += 1;
+        }
+        *report.answers.entry(who.name).or_default() += 1;
+    }
+}
+
+/// One connection with each of these marks, verified with an echoed byte.
+pub async fn marks(dial: &Dial, marks: &[u32]) -> Scanned {
+    let mut report = Scanned::default();
+    for mark in marks {
+        let dial = Dial { mark: Some(*mark), ..dial.clone() };
+        let met = async { ping(&mut dial.connect().await?, dial.patience()).await }.await;
+        *report.met.entry(met.map_or_else(|error| kind(&error), |()| "open".to_owned())).or_default() += 1;
+    }
+    report
+}
+
+/// Connections one after the other, all from one port: each verified with an echoed byte and reset, so that its tuple is
+/// free at once.
+pub async fn reuse(dial: &Dial, count: u64) -> Scanned {
+    let mut report = Scanned::default();
+    for _ in 0..count {
+        let met = async {
+            let mut stream = dial.connect().await?;
+            ping(&mut stream, dial.patience()).await?;
+            socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO))
+        };
+        *report.met.entry(met.await.map_or_else(|error| kind(&error), |()| "open".to_owned())).or_default() += 1;
+    }
     report
 }
 

@@ -4,6 +4,7 @@
 mod ask;
 mod dial;
 mod flood;
+mod forge;
 mod frames;
 mod hbone;
 mod hostile;
@@ -13,6 +14,7 @@ mod one;
 mod outlive;
 mod pace;
 mod paced;
+mod packet;
 mod scan;
 mod script;
 mod serve;
@@ -64,6 +66,15 @@ enum Verb {
     },
     /// Many short connections, each verified with one echoed byte.
     Churn {
+        #[command(flatten)]
+        dial: Dial,
+        #[arg(long)]
+        count: u64,
+        #[arg(long, default_value_t = 1)]
+        concurrent: u64,
+    },
+    /// Connections to a `who` server: which one answered, and over which way.
+    Tally {
         #[command(flatten)]
         dial: Dial,
         #[arg(long)]
@@ -181,6 +192,7 @@ async fn run(verb: Verb) -> anyhow::Result<()> {
             tell(&one::connect(&dial, &say, half_close, expect, &say_after_end).await)
         }
         Verb::Churn { dial, count, concurrent } => tell(&load::churn(&dial, count, concurrent).await),
+        Verb::Tally { dial, count, concurrent } => tell(&load::tally(&dial, count, concurrent).await?),
         Verb::Hold { dial, count } => load::hold(&dial, count).await,
         Verb::Transfer { dial, bytes } => tell(&one::transfer(&dial, bytes).await),
         Verb::Latency { dial, count } => tell(&one::latency(&dial, count).await),

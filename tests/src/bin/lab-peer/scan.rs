@@ -10,7 +10,10 @@ use heddle_lab::hostile::Scanned;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::task::JoinSet;
 
-use crate::dial::{Dial, kind};
+use crate::{
+    dial::{Dial, kind},
+    packet::Segment,
+};
 
 /// Connects to `count` ports from that of `dial` on, 64 at a time. What answers is closed at once.
 pub async fn ports(dial: &Dial, count: u16) -> anyhow::Result<Scanned> {
@@ -44,7 +47,8 @@ pub fn syns(to: SocketAddrV4, sources: Ipv4Addr, rate: u64, time: Duration) -> a
             sent += 1;
             let [a, b, c, _] = sources.octets();
             let source = Ipv4Addr::new(a, b, c, 100 + u8::try_from(sent % 150)?);
-            let packet = syn(SocketAddrV4::new(source, 1_024 + u16::try_from(sent / 150 % 60_000)?), to, sent);
+            let from = SocketAddrV4::new(source, 1_024 + u16::try_from(sent / 150 % 60_000)?);
+            let packet = Segment { sequence: sent, ..Segment::SYN }.packet(from.into(), to.into());
             let how = match socket.send_to(&packet, &SocketAddr::V4(to).into()) {
                 Ok(_) => "sent".to_owned(),
                 // The queue of the device: a flood that is faster than it is lossy.
@@ -56,35 +60,6 @@ pub fn syns(to: SocketAddrV4, sources: Ipv4Addr, rate: u64, time: Duration) -> a
         std::thread::sleep(Duration::from_millis(1));
     }
     Ok(report)
-}
-
-/// An IPv4 packet with a SYN (RFC 791, RFC 9293 §3.1). The kernel fills in the IP checksum.
-fn syn(from: SocketAddrV4, to: SocketAddrV4, sequence: u32) -> Vec<u8> {
-    let mut tcp = Vec::with_capacity(20);
-    tcp.extend_from_slice(&from.port().to_be_bytes());
-    tcp.extend_from_slice(&to.port().to_be_bytes());
-    tcp.extend_from_slice(&sequence.to_be_bytes());
-    // No acknowledgement; 5 words of header; SYN; window; checksum to come; no urgent data.
-    tcp.extend_from_slice(&[0, 0, 0, 0, 5 << 4, 2, 0xfa, 0xf0, 0, 0, 0, 0]);
-    let mut pseudo = [from.ip().octets(), to.ip().octets()].concat();
-    pseudo.extend_from_slice(&[0, 6, 0, 20]);
-    pseudo.extend_from_slice(&tcp);
-    tcp[16..18].copy_from_slice(&checksum(&pseudo).to_be_bytes());
-    let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0];
-    packet.extend_from_slice(&from.ip().octets());
-    packet.extend_from_slice(&to.ip().octets());
-    packet.extend_from_slice(&tcp);
-    packet
-}
-
-/// RFC 1071.
-fn checksum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
-    while sum >> 16 != 0 {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    #[expect(clippy::cast_possible_truncation, reason = "folded to 16 bits")]
-    !(sum as u16)
 }
 
 /// Connections that end badly on purpose, `concurrent` at a time: reset at once, after bytes, or with bytes unread.
