@@ -7,6 +7,7 @@ mod fairness;
 mod halfclose;
 mod identity;
 mod laboratory;
+mod lane;
 mod life;
 mod load;
 mod paths;
