@@ -8,6 +8,8 @@ mod halfclose;
 mod identity;
 mod laboratory;
 mod lane;
+mod lane_claims;
+mod lane_reuse;
 mod life;
 mod load;
 mod paths;
