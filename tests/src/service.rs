@@ -57,18 +57,27 @@ impl Service {
             v4: Ipv4Addr::new(10, 96, 0, number),
             v6: Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, number.into()),
         };
-        service.ground.manifests.apply(&json!({
-            "apiVersion": "v1", "kind": "Service",
-            "metadata": {"name": name, "namespace": namespace},
-            "spec": {
-                "type": "ClusterIP", "clusterIP": service.v4, "clusterIPs": [service.v4, service.v6],
-                "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "PreferDualStack",
-                "ports": [{"name": "main", "port": port, "targetPort": target_port, "protocol": "TCP"}],
-                "selector": {"app": name},
-            },
-        }))?;
+        service.set_fields(&json!({}))?;
         service.set_backends(backends)?;
         Ok(service)
+    }
+
+    /// Replaces its manifest: with these fields of the `spec` beside its own.
+    pub fn set_fields(&self, more: &Value) -> Result<()> {
+        let mut spec = json!({
+            "type": "ClusterIP", "clusterIP": self.v4, "clusterIPs": [self.v4, self.v6],
+            "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "PreferDualStack",
+            "ports": [{"name": "main", "port": self.port, "targetPort": self.target_port, "protocol": "TCP"}],
+            "selector": {"app": self.name},
+        });
+        for (field, value) in more.as_object().into_iter().flatten() {
+            spec[field.as_str()] = value.clone();
+        }
+        self.ground.manifests.apply(&json!({
+            "apiVersion": "v1", "kind": "Service",
+            "metadata": {"name": self.name, "namespace": self.namespace},
+            "spec": spec,
+        }))
     }
 
     /// Replaces its endpoints.

@@ -10,6 +10,7 @@ mod laboratory;
 mod lane;
 mod lane_claims;
 mod lane_reuse;
+mod lane_services;
 mod life;
 mod load;
 mod paths;

@@ -30,7 +30,8 @@ fn a_pair_in_the_mesh_is_proven_from_both_sides_across_nodes_and_on_one() -> Res
     let lab = Lab::two_nodes()?;
     let client = lab.pod("shop", "client").start()?;
     let far = lab.pod("shop", "far").on(2).serves(&["echo:7000"]).start()?;
-    let near = lab.pod("shop", "near").serves(&["echo:7000"]).start()?;
+    // On one node pods use the kernel lane, where there is no TLS, unless they ask for it.
+    let near = lab.pod("shop", "near").annotate("heddle.dev/same-node", "mtls").serves(&["echo:7000"]).start()?;
     let agent = lab.agent(1)?;
     for (server, node) in [(&far, 2), (&near, 1)] {
         let to = format!("{}:7000", server.full_name());

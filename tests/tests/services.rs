@@ -1,4 +1,4 @@
-//! Is a Service's address carried to the right endpoint?
+//! Is a Service's address carried to the right endpoint? All by the agent: the kernel lane is asked in `lane_services`.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -14,7 +14,8 @@ struct Stage {
 
 fn stage() -> Result<Stage> {
     let lab = Lab::two_nodes()?;
-    let near = lab.pod("shop", "near").on(1).serves(&["who:7000"]).start()?;
+    let near = lab.pod("shop", "near").on(1).annotate("heddle.dev/same-node", "mtls");
+    let near = near.serves(&["who:7000"]).start()?;
     let far = lab.pod("shop", "far").on(2).serves(&["who:7000"]).start()?;
     let client = lab.pod("shop", "client").start()?;
     let service = lab.service("shop", "web", (80, 7000), &[&near, &far])?;

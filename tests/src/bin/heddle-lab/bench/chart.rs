@@ -51,7 +51,11 @@ fn paint<'a>(
         .draw()?;
     for (index, (line, cost)) in (0_u32..).zip(bars) {
         let (top, bottom) = (count - f64::from(index) - 0.15, count - f64::from(index) - 0.85);
-        let colour = if line.name.starts_with("cross_node/") { RGBColor(44, 110, 160) } else { RGBColor(120, 160, 70) };
+        let colour = match line.name.split('/').next() {
+            Some("cross_node") => RGBColor(44, 110, 160),
+            Some("same_node") => RGBColor(120, 160, 70),
+            _ => RGBColor(170, 120, 60),
+        };
         chart.draw_series([Rectangle::new([(1.0, bottom), (*cost, top)], colour.filled())])?;
         let (end, y) = chart.backend_coord(&(cost.max(1.0), top));
         root.draw(&Text::new(format!("{cost:.2}"), (end + 5, y), ("sans-serif", 12)))?;
@@ -66,7 +70,7 @@ mod tests {
     use super::draw;
     use crate::bench::{
         figures::{Record, Sample, Way},
-        rows::{self, Choice, Place},
+        rows::{Choice, Place},
     };
 
     #[test]
@@ -76,7 +80,7 @@ mod tests {
             record.add(Place::SameNode, way, Sample::from([("http_c1".to_owned(), value)]), true);
         }
         record.add(Place::SameNode, Way::Mesh, Sample::from([("rss_idle".to_owned(), 4.0)]), true);
-        let svg = draw(&record.lines(&Choice::new(&[]), &rows::all()), false)?;
+        let svg = draw(&record.lines(&Choice::new(&[])), false)?;
         assert!(svg.contains("same_node/http_c1") && svg.contains("2.50") && svg.ends_with("</svg>\n"), "{svg}");
         assert!(!svg.contains("rss_idle"));
         Ok(())

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::rows::{Better, Choice, Place, Row};
+use super::rows::{Better, Choice, Place, Row, Target};
 
 /// Without the mesh or through it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,15 +50,16 @@ impl Record {
     }
 
     /// The report's lines, of the rows that were chosen and measured.
-    pub fn lines(&self, choice: &Choice, rows: &[Row]) -> Vec<Line> {
-        let wanted = Place::ALL.into_iter().flat_map(|place| rows.iter().map(move |row| (place, row)));
+    pub fn lines(&self, choice: &Choice) -> Vec<Line> {
+        let wanted = Place::ALL.into_iter().flat_map(|place| place.rows().into_iter().map(move |row| (place, row)));
         wanted
             .filter(|(place, row)| choice.has(*place, &row.name))
-            .filter_map(|(place, row)| {
+            .filter_map(|(place, row): (Place, Row)| {
                 let series = self.0.get(&(place, row.name.clone()))?;
                 let pairs: Vec<f64> =
                     series.none.iter().zip(&series.mesh).filter(|(none, _)| **none > 0.0).map(|(a, b)| b / a).collect();
-                let mesh = median(&series.mesh)?;
+                let (mesh, ratio) = (median(&series.mesh)?, median(&pairs));
+                let target = Target::of(place, &row.name);
                 Some(Line {
                     name: format!("{}/{}", place.name(), row.name),
                     unit: row.unit,
@@ -66,7 +67,9 @@ impl Record {
                     section: row.section,
                     none: median(&series.none),
                     mesh,
-                    ratio: median(&pairs),
+                    ratio,
+                    target: target.map(Target::text),
+                    met: target.map(|target| target.met(ratio, mesh)),
                     spread: spread(&series.mesh),
                     quiet: !series.noisy,
                     none_rounds: series.none.clone(),
@@ -93,6 +96,9 @@ pub struct Line {
     pub mesh: f64,
     /// Median over the rounds of mesh / none.
     pub ratio: Option<f64>,
+    /// What it has to reach, where that is said, and whether it did.
+    pub target: Option<String>,
+    pub met: Option<bool>,
     /// (largest - smallest) / median of the mesh's rounds.
     pub spread: f64,
     /// Nothing else ran on the machine in any of its rounds.
@@ -130,8 +136,6 @@ fn spread(values: &[f64]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::{Choice, Place, Record, Sample, Way, median, spread};
-    use crate::bench::rows;
-
     #[test]
     fn medians_of_odd_even_and_nothing() {
         assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
@@ -151,7 +155,7 @@ mod tests {
             let agents = Sample::from([("cpu_s_per_gb".to_owned(), 1.0)]);
             record.add(Place::CrossNode, Way::Mesh, agents, true);
         }
-        let lines = record.lines(&Choice::new(&[]), &rows::all());
+        let lines = record.lines(&Choice::new(&[]));
         let [cpu, connect] = lines.as_slice() else { panic!("{lines:?}") };
         assert_eq!((connect.none, connect.mesh, connect.ratio), (Some(10.0), 5.0, Some(0.5)));
         assert_eq!((connect.cost(), connect.quiet), (Some(2.0), false));

@@ -10,7 +10,7 @@ use super::{
     figures::{Sample, Way},
     machine::{Clock, cpu_seconds},
     rows::{Measurement, Place},
-    stage::{IPERF, Pair, REPLY, Stage, WEB},
+    stage::{self, IPERF, Pair, REPLY, Stage, WEB},
 };
 
 /// How long each kind runs (seconds).
@@ -46,9 +46,17 @@ pub fn take(stage: &Stage, place: Place, way: Way, what: Measurement, times: Tim
     let pair = stage.pair(place, way)?;
     let agents = if way == Way::Mesh { stage.agents(place)? } else { Vec::new() };
     let cpu = || agents.iter().map(|pid| cpu_seconds(*pid)).collect::<Result<Vec<f64>>>();
+    let lane = stage::takes_the_lane(place, way);
+    let ways = if lane { stage.ways_of(pair)? } else { (0, 0) };
     let (clock, before) = (Clock::read(stage.lab.prefix())?, cpu()?);
     let done = run(pair, what, times)?;
     let (after, clock_after) = (cpu()?, Clock::read(stage.lab.prefix())?);
+    if lane {
+        let now = stage.ways_of(pair)?;
+        let (past, through) = (now.0 - ways.0, now.1 - ways.1);
+        // A figure of something else would be worse than none.
+        ensure!(past > 0 && through == 0, "{past} connections took the kernel lane, {through} went through the agent");
+    }
     let mut taken = Taken { sample: done.sample, per_second: done.per_second, note: done.note, foreign: 0.0 };
     taken.foreign = clock_after.foreign_since(&clock);
     let Some((per, units)) = done.work.filter(|(_, units)| *units > 0.0) else { return Ok(taken) };

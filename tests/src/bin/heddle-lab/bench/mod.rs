@@ -5,6 +5,7 @@
 
 mod chart;
 mod figures;
+mod hooks;
 mod machine;
 mod measure;
 mod report;
@@ -38,6 +39,9 @@ pub struct Options {
     /// One round of a second each: shows that it works, the figures mean nothing
     #[arg(long)]
     quick: bool,
+    /// Measures what each hook of the kernel lane costs by itself, and nothing else
+    #[arg(long, conflicts_with_all = ["rows", "rounds", "list"])]
+    hooks: bool,
     /// Prints the names of all rows and measures nothing
     #[arg(long)]
     list: bool,
@@ -50,11 +54,17 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if options.list {
         let names = Place::ALL
             .into_iter()
-            .flat_map(|place| rows::all().into_iter().map(move |row| format!("{}/{}", place.name(), row.name)));
+            .flat_map(|place| place.rows().into_iter().map(move |row| format!("{}/{}", place.name(), row.name)));
         names.for_each(|name| println!("{name}"));
         return Ok(ExitCode::SUCCESS);
     }
     ensure!(!cfg!(debug_assertions) || options.quick, "a debug build measures nothing: cargo xtask bench");
+    if options.hooks {
+        let mut text = String::new();
+        hooks::table(&hooks::measure(options.quick)?, &mut text);
+        println!("{text}");
+        return Ok(ExitCode::SUCCESS);
+    }
     let choice = Choice::new(&options.rows);
     let rounds = if options.quick { 1 } else { options.rounds };
     let mut bench = Bench {
@@ -68,20 +78,21 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     };
     let wanted: Vec<(Place, Measurement)> = Place::ALL
         .into_iter()
-        .flat_map(|place| Measurement::ALL.into_iter().map(move |what| (place, what)))
+        .flat_map(|place| place.measurements().into_iter().map(move |what| (place, what)))
         .filter(|(place, what)| choice.any(*place, &what.rows()))
         .collect();
     let memory: Vec<Place> = Place::ALL
         .into_iter()
-        .filter(|place| rows::IDLE_CONNECTIONS.into_iter().any(|count| choice.any(*place, &rows::memory_rows(count))))
+        .filter(|place| place.idle_connections().iter().any(|count| choice.any(*place, &rows::memory_rows(*count))))
         .collect();
     ensure!(!wanted.is_empty() || !memory.is_empty(), "no row fits; --list names them all");
     let transport = bench.time(&wanted, rounds)?;
     bench.memory(&memory, rounds);
     let report = Report {
         machine: machine::describe(&transport.0, &transport.1)?,
-        lines: bench.record.lines(&choice, &rows::all()),
+        lines: bench.record.lines(&choice),
         per_second: bench.per_second,
+        hooks: if options.rows.is_empty() { hooks::measure(options.quick)? } else { Vec::new() },
         notes: bench.notes,
         rounds,
         times: bench.times,

@@ -5,12 +5,19 @@ use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{chart, figures::Line, measure::Times, rows::SECTIONS};
+use super::{
+    chart,
+    figures::Line,
+    hooks::{self, Hook},
+    measure::Times,
+    rows::SECTIONS,
+};
 
 pub struct Report {
     pub machine: Value,
     pub lines: Vec<Line>,
     pub per_second: BTreeMap<String, BTreeMap<&'static str, Vec<Vec<u64>>>>,
+    pub hooks: Vec<Hook>,
     pub notes: Vec<String>,
     pub rounds: u8,
     pub times: Times,
@@ -46,6 +53,7 @@ impl Report {
             },
             "rows": self.lines,
             "per_second": self.per_second,
+            "hooks": self.hooks,
             "notes": self.notes,
         })
     }
@@ -97,23 +105,27 @@ impl Report {
             }
             let _ = write!(
                 text,
-                "\n## {section}\n\n| row | unit | no mesh | mesh | mesh / none | spread |\n|---|---|---:|---:|---:|---:|\n"
+                "\n## {section}\n\n| row | unit | no mesh | mesh | mesh / none | target | spread |\n|---|---|---:|---:|---:|---|---:|\n"
             );
             for line in lines {
                 let _ = writeln!(
                     text,
-                    "| {}{} | {} | {} | **{}** | {} | {:.0} % |",
+                    "| {}{} | {} | {} | **{}** | {} | {} | {:.0} % |",
                     line.name,
                     if line.quiet { "" } else { " **!**" },
                     line.unit,
                     line.none.map_or_else(|| "-".to_owned(), figure),
                     figure(line.mesh),
                     line.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
+                    line.target.as_deref().zip(line.met).map_or_else(String::new, |(target, met)| {
+                        format!("{target}: {}", if met { "met" } else { "**not met**" })
+                    }),
                     line.spread * 100.0,
                 );
             }
         }
         self.seconds(&mut text);
+        hooks::table(&self.hooks, &mut text);
         if !self.notes.is_empty() {
             text.push_str("\n## Notes\n\n");
             self.notes.iter().for_each(|note| text.push_str(&format!("- {note}\n")));
@@ -156,7 +168,7 @@ mod tests {
     use crate::bench::{
         figures::{Record, Sample, Way},
         measure::Times,
-        rows::{self, Choice, Place},
+        rows::{Choice, Place},
     };
 
     fn report(quiet: bool) -> Report {
@@ -167,8 +179,9 @@ mod tests {
         record.add(Place::CrossNode, Way::Mesh, Sample::from([("rss_idle".to_owned(), 12.5)]), true);
         Report {
             machine: json!({"kernel": "6", "versions": {"wrk": "wrk 4"}}),
-            lines: record.lines(&Choice::new(&[]), &rows::all()),
+            lines: record.lines(&Choice::new(&[])),
             per_second: BTreeMap::new(),
+            hooks: Vec::new(),
             notes: Vec::new(),
             rounds: 1,
             times: Times::QUICK,
@@ -191,7 +204,20 @@ mod tests {
     fn a_row_that_was_disturbed_says_so() {
         assert!(!report(true).markdown().contains("**!**"));
         let text = report(false).markdown();
-        assert!(text.contains("| cross_node/throughput_1 **!** | Gbit/s | 20.0 | **10.0** | 0.50 |"), "{text}");
+        assert!(text.contains("| cross_node/throughput_1 **!** | Gbit/s | 20.0 | **10.0** | 0.50 | |"), "{text}");
+    }
+
+    #[test]
+    fn a_row_with_a_target_says_whether_it_is_met() {
+        let of = |mesh| {
+            let mut record = Record::default();
+            for (way, value) in [(Way::None, 20.0), (Way::Mesh, mesh)] {
+                record.add(Place::SameNode, way, Sample::from([("throughput_1".to_owned(), value)]), true);
+            }
+            Report { lines: record.lines(&Choice::new(&[])), ..report(true) }.markdown()
+        };
+        assert!(of(19.6).contains("| **19.6** | 0.98 | ≥ 0.97: met |"), "{}", of(19.6));
+        assert!(of(10.0).contains("| **10.0** | 0.50 | ≥ 0.97: **not met** |"), "{}", of(10.0));
     }
 
     #[test]

@@ -5,16 +5,91 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
     CrossNode,
+    /// The kernel lane.
     SameNode,
+    /// Pods of a node that ask for mutual TLS: through the agent.
+    SameNodeMtls,
 }
 
 impl Place {
-    pub const ALL: [Self; 2] = [Self::CrossNode, Self::SameNode];
+    pub const ALL: [Self; 3] = [Self::CrossNode, Self::SameNode, Self::SameNodeMtls];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::CrossNode => "cross_node",
             Self::SameNode => "same_node",
+            Self::SameNodeMtls => "same_node_mtls",
+        }
+    }
+
+    /// What is measured there.
+    pub fn measurements(self) -> Vec<Measurement> {
+        match self {
+            Self::CrossNode | Self::SameNode => Measurement::ALL.into(),
+            Self::SameNodeMtls => vec![
+                Measurement::Throughput { streams: 1, reverse: false },
+                Measurement::Connect { concurrent: 32 },
+                Measurement::Http { connections: 16 },
+            ],
+        }
+    }
+
+    /// How many idle connections memory is read at.
+    pub fn idle_connections(self) -> &'static [u16] {
+        if self == Self::SameNodeMtls { &[] } else { &IDLE_CONNECTIONS }
+    }
+
+    /// Every row that it has, in the order of the report.
+    pub fn rows(self) -> Vec<Row> {
+        let measured = self.measurements().into_iter().flat_map(Measurement::rows);
+        measured.chain(self.idle_connections().iter().copied().flat_map(memory_rows)).collect()
+    }
+}
+
+/// What a row has to reach.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Target {
+    /// mesh / none, at least or at most.
+    AtLeast(f64),
+    AtMost(f64),
+    /// The mesh's own figure.
+    Figure(f64),
+}
+
+impl Target {
+    /// Of the rows that have one: those of the kernel lane.
+    pub fn of(place: Place, row: &str) -> Option<Self> {
+        if place != Place::SameNode {
+            return None;
+        }
+        match row {
+            "throughput_1" | "throughput_1_reverse" | "throughput_4" | "throughput_4_reverse" => {
+                Some(Self::AtLeast(0.97))
+            }
+            "fixed_1000_p50" | "fixed_1000_p99" => Some(Self::AtMost(1.05)),
+            "connect_c1" | "connect_c32" | "connect_60s" => Some(Self::AtLeast(0.90)),
+            // None at all: a run of some seconds and ten gigabytes can't tell less than that from nothing.
+            "cpu_s_per_gb" | "cpu_s_per_gb_reverse" | "cpu_s_per_gb_4" | "cpu_s_per_gb_4_reverse" => {
+                Some(Self::Figure(0.001))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether it is met, by a ratio and the mesh's figure.
+    pub fn met(self, ratio: Option<f64>, mesh: f64) -> bool {
+        match self {
+            Self::AtLeast(least) => ratio.is_some_and(|ratio| ratio >= least),
+            Self::AtMost(most) => ratio.is_some_and(|ratio| ratio <= most),
+            Self::Figure(most) => mesh <= most,
+        }
+    }
+
+    pub fn text(self) -> String {
+        match self {
+            Self::AtLeast(least) => format!("≥ {least:.2}"),
+            Self::AtMost(most) => format!("≤ {most:.2}"),
+            Self::Figure(most) => format!("≤ {most}"),
         }
     }
 }
@@ -150,12 +225,6 @@ pub fn memory_rows(connections: u16) -> Vec<Row> {
         .into()
 }
 
-/// Every row that a place can have, in the order of the report.
-pub fn all() -> Vec<Row> {
-    let measured = Measurement::ALL.into_iter().flat_map(Measurement::rows);
-    measured.chain(IDLE_CONNECTIONS.into_iter().flat_map(memory_rows)).collect()
-}
-
 /// Which rows were asked for.
 #[derive(Debug, Clone)]
 pub struct Choice(Vec<String>);
@@ -190,11 +259,21 @@ fn fits(pattern: &str, text: &str) -> bool {
 mod tests {
     use std::collections::BTreeSet;
 
-    use super::{Choice, Place, all};
+    use super::{Choice, Place, Target};
 
     #[test]
     fn promised_rows_are_there_and_none_is_there_twice() {
-        let names: Vec<String> = all().into_iter().map(|row| row.name).collect();
+        for place in [Place::CrossNode, Place::SameNode] {
+            promised_of(place);
+        }
+        let names: Vec<String> = Place::SameNodeMtls.rows().into_iter().map(|row| row.name).collect();
+        for promised in ["throughput_1", "connect_c32", "http_c16", "cpu_s_per_gb"] {
+            assert!(names.iter().any(|name| name == promised), "{promised}");
+        }
+    }
+
+    fn promised_of(place: Place) {
+        let names: Vec<String> = place.rows().into_iter().map(|row| row.name).collect();
         for promised in [
             "throughput_1",
             "throughput_1_reverse",
@@ -217,6 +296,23 @@ mod tests {
             assert!(names.iter().any(|name| name == promised), "{promised}");
         }
         assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len());
+    }
+
+    #[test]
+    fn the_kernel_lane_has_targets_and_a_figure_meets_them_or_not() {
+        let ratio = Target::of(Place::SameNode, "throughput_4")
+            .map(|target| [0.97, 0.96].map(|ratio| target.met(Some(ratio), 1.0)));
+        assert_eq!(ratio, Some([true, false]));
+        let time = Target::of(Place::SameNode, "fixed_1000_p99")
+            .map(|target| [1.05, 1.06].map(|ratio| target.met(Some(ratio), 1.0)));
+        assert_eq!(time, Some([true, false]));
+        let cpu =
+            Target::of(Place::SameNode, "cpu_s_per_gb").map(|target| [0.0, 0.01].map(|mesh| target.met(None, mesh)));
+        assert_eq!(cpu, Some([true, false]));
+        assert_eq!(Target::of(Place::CrossNode, "throughput_4"), None);
+        // A target of a row that nobody measures would never be missed.
+        let rows: BTreeSet<String> = Place::SameNode.rows().into_iter().map(|row| row.name).collect();
+        assert_eq!(rows.iter().filter(|row| Target::of(Place::SameNode, row).is_some()).count(), 13);
     }
 
     #[test]

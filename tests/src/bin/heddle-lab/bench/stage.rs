@@ -7,11 +7,7 @@ use anyhow::{Context, Result, ensure};
 use heddle_lab::{Lab, Pod, until};
 use serde_json::json;
 
-use super::{
-    figures::Way,
-    machine,
-    rows::{IDLE_CONNECTIONS, Place},
-};
+use super::{figures::Way, machine, rows::Place};
 
 /// Ports of the servers in a server pod.
 pub const REPLY: u16 = 7000;
@@ -46,7 +42,13 @@ impl Stage {
         }
         let stage = Self { lab, pairs };
         for (place, way, pair) in &stage.pairs {
-            pair.warm().with_context(|| format!("{} {}", place.name(), way.name()))?;
+            let named = || format!("{} {}", place.name(), way.name());
+            pair.warm().with_context(named)?;
+            if takes_the_lane(*place, *way) {
+                for port in [REPLY, WEB, IPERF] {
+                    stage.lab.take_the_lane(&pair.client, &pair.server, port).with_context(named)?;
+                }
+            }
         }
         Ok(stage)
     }
@@ -54,6 +56,12 @@ impl Stage {
     pub fn pair(&self, place: Place, way: Way) -> Result<&Pair> {
         let found = self.pairs.iter().find(|(at, how, _)| (*at, *how) == (place, way));
         found.map(|(_, _, pair)| pair).context("no such pair")
+    }
+
+    /// Connections of a client that took the kernel lane, and those that did not.
+    pub fn ways_of(&self, pair: &Pair) -> Result<(u64, u64)> {
+        let counts = self.lab.agent(1)?.kernel().counts(&pair.client)?;
+        Ok((counts.lane, counts.marked))
     }
 
     /// The agents that carry traffic of a place, the client's first.
@@ -88,6 +96,11 @@ fn agents(lab: &Lab, place: Place) -> Result<Vec<u32>> {
     nodes.iter().map(|node| lab.agent(*node)?.daemon.pid().context("an agent is gone")).collect()
 }
 
+/// Whether the kernel lane is what is measured.
+pub fn takes_the_lane(place: Place, way: Way) -> bool {
+    (place, way) == (Place::SameNode, Way::Mesh)
+}
+
 fn server_node(place: Place) -> u8 {
     if place == Place::CrossNode { 2 } else { 1 }
 }
@@ -97,6 +110,7 @@ impl Pair {
         let name = |role: &str| format!("{role}-{}-{}", place.name().replace('_', "-"), way.name());
         let describe = |role: &str, node: u8| {
             let pod = lab.pod(NAMESPACE, &name(role)).on(node).service_account(role);
+            let pod = if place == Place::SameNodeMtls { pod.annotate("heddle.dev/same-node", "mtls") } else { pod };
             if way == Way::None { pod.outside_the_mesh() } else { pod }
         };
         let server = describe("server", server_node(place)).serves(&[&format!("reply:{REPLY}")]).start()?;
@@ -148,7 +162,7 @@ pub struct Resident {
     pub anonymous: f64,
 }
 
-/// Memory of the agents of a fresh lab, at each of [`IDLE_CONNECTIONS`]; the client's agent first. Two pairs of pods share
+/// Memory of the agents of a fresh lab, at each of its numbers of connections; the client's agent first. Two pairs of pods share
 /// the connections, because one pod may not have as many.
 pub fn memory(place: Place) -> Result<Vec<(u16, Vec<Resident>)>> {
     /// Buffers of the set-up are given back.
@@ -161,10 +175,13 @@ pub fn memory(place: Place) -> Result<Vec<(u16, Vec<Resident>)>> {
         let server = lab.pod(NAMESPACE, &format!("server-{number}")).on(server_node(place)).service_account("server");
         let server = server.serves(&[&format!("reply:{REPLY}")]).start()?;
         let client = lab.pod(NAMESPACE, &format!("client-{number}")).service_account("client").start()?;
+        if place == Place::SameNode {
+            lab.take_the_lane(&client, &server, REPLY)?;
+        }
         pairs.push((client, server));
     }
     let (mut seen, mut held, mut open) = (Vec::new(), Vec::new(), 0);
-    for connections in IDLE_CONNECTIONS {
+    for connections in place.idle_connections().iter().copied() {
         let each = u64::from((connections - open) / 2);
         open = connections;
         for (client, server) in pairs.iter().filter(|_| each > 0) {

@@ -25,6 +25,7 @@ pub fn all(stage: &Stage, report: &mut Report) -> Result<()> {
     with_the_mesh(stage, report, &before)?;
     identities(stage, report)?;
     policy(stage, report)?;
+    same_node(stage, report)?;
     strict(stage, report)?;
     telemetry(stage, report)?;
     agent_killed(stage, report)
@@ -183,6 +184,56 @@ fn policy(stage: &Stage, report: &mut Report) -> Result<()> {
     stage.lab.unauthorize(NAMESPACE, "no-visitors")?;
     let (good, seen) = settles(&stage.visitor, &stage.web[1], true);
     report.check(good, "without the policy the visitor is served again", &seen);
+    Ok(())
+}
+
+fn same_node(stage: &Stage, report: &mut Report) -> Result<()> {
+    const TIMES: u64 = 5;
+    report.scene("Pods of one node: the kernel itself connects them, with the same policy and the same metrics");
+    let (shopper, visitor, web) = (&stage.shopper, &stage.visitor, &stage.web[0]);
+    let agent = stage.lab.agent(1)?;
+    let kernel = agent.kernel();
+    let mut learned = stage.lab.take_the_lane(shopper, web, WEB);
+    let before = kernel.counts(shopper)?;
+    for _ in 0..TIMES {
+        learned = learned.and_then(|()| curl(shopper, &url(web)).map(drop).map_err(anyhow::Error::msg));
+    }
+    let after = kernel.counts(shopper)?;
+    let (lane, agents) = (after.lane - before.lane, after.marked - before.marked);
+    let seen =
+        learned.map_or_else(|error| format!("{error:#}"), |()| format!("{lane} past the agent, {agents} through it"));
+    report.check((lane, agents) == (TIMES, 0), "after a first one, connections go past the agent", &seen);
+    let labels = [
+        ("reporter", "destination"),
+        ("connection_security_policy", "kernel_attested"),
+        ("source_workload", "shopper"),
+        ("destination_workload", "web-1"),
+    ];
+    let counted = until(Duration::from_secs(5), "", || {
+        let scrape = agent.metrics().ok()?;
+        // Some, and the first one that was carried.
+        (scrape.sum("istio_tcp_connections_closed_total", &labels) > 5.0).then_some(scrape)
+    });
+    let sample = counted.ok().and_then(|scrape| scrape.with("istio_tcp_sent_bytes_total", &labels).next().cloned());
+    let principal = sample.as_ref().and_then(|sample| sample.labels.get("source_principal")).cloned();
+    report.check(
+        principal.as_ref() == Some(&shopper.identity()),
+        "the metrics know who it was and how much",
+        &sample
+            .map_or_else(String::new, |sample| format!("{} bytes for {}", sample.value, principal.unwrap_or_default())),
+    );
+    let rule = json!({"from": [{"source": {"principals": [visitor.principal()]}}]});
+    let spec = json!({"selector": {"matchLabels": {"app": "web-1"}}, "action": "DENY", "rules": [rule]});
+    stage.lab.authorize(NAMESPACE, "no-visitors", &spec)?;
+    settles(visitor, web, false);
+    let learned = stage.lab.learn(visitor, web, WEB);
+    let seen = visitor.connect(web.at(WEB)).run()?;
+    let what = format!("{} after {:.1} ms", seen.error.as_deref().unwrap_or("served"), micros(seen.total_us));
+    let denied = learned.is_ok() && seen.error.as_deref() == Some("forbidden");
+    report.check(denied, "whom a policy denies is refused by connect() itself", &what);
+    stage.lab.unauthorize(NAMESPACE, "no-visitors")?;
+    let (good, seen) = settles(visitor, web, true);
+    report.check(good, "without the policy it is served", &seen);
     Ok(())
 }
 
