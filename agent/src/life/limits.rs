@@ -304,7 +304,7 @@ pub const LANE_MISSING: u32 = 2;
 pub const LANE_REMEMBERED: Duration = Duration::from_secs(60);
 /// Pairs of pods, ports and Services whose labels and log lines are kept made up (pairs), some 5 KiB each; past it they are
 /// made anew.
-pub const LANE_PAIRS: usize = 2_048;
+pub const LANE_LABELS: usize = 2_048;
 /// A dry-run policy that matches is logged at most this often (duration), and counted always.
 pub const DRY_RUN_LOG: Duration = Duration::from_secs(1);
 /// Spans queued for the collector (spans), some 2 KiB each; past it spans are dropped and counted.

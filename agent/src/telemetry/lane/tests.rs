@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::{Around, monotonic};
 use crate::{
-    cluster::{Service, Snapshot, Workload},
+    cluster::{Distribution, Service, Snapshot, Workload},
     life::limits,
     policy::{Denial, Rulebook},
     telemetry::{
@@ -118,6 +118,9 @@ fn around(rules: Rulebook) -> Around {
         cluster_addresses: vec![SERVICE.into()],
         ports: vec![],
         endpoints: vec![],
+        local_only: false,
+        distribution: Distribution::default(),
+        publish_not_ready: false,
     });
     let snapshot = Snapshot {
         workloads: pods.map(|pod| (Arc::clone(&pod.uid), pod)).into(),
