@@ -18,7 +18,7 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use heddle_common::{
-    Attestation, EVENTS_BYTES, Ended, Lane, MARK, PROGRESS_JIFFIES, PodCounts, Tuple, attested_by, end, side,
+    Attestation, EVENTS_BYTES, Ended, Lane, MARK, MARK_MASK, PROGRESS_JIFFIES, PodCounts, Tuple, attested_by, end, side,
 };
 
 use crate::{
@@ -89,8 +89,15 @@ fn tuple(ctx: &SockOpsContext, of: u32) -> Tuple {
 /// The pod's socket is about to send its SYN: vouches for it.
 #[inline(always)]
 fn opens(ctx: &SockOpsContext) {
-    let Some((_, lane)) = lane(ctx) else { return };
-    // SAFETY: the storage is this socket's, which the caller holds locked.
+    let Some((socket, lane)) = lane(ctx) else { return };
+    // A connect() with TCP_FASTOPEN_CONNECT sends its SYN with the first byte, and the app may have set marks until then.
+    // SAFETY: the context's own full socket; the storage is this socket's, which the caller holds locked.
+    if unsafe { word!(socket, bpf_sock, mark) } & MARK_MASK == MARK {
+        // SAFETY: as above.
+        unsafe { (*lane).end = end::NONE };
+        return;
+    }
+    // SAFETY: as above.
     let (end, destination, slot, service, service_port) = unsafe {
         let service = Ip::from_place(&raw const (*lane).service);
         ((*lane).end, (*lane).destination, (*lane).slot, service, (*lane).service_port)
