@@ -90,10 +90,9 @@ fn places(node: &Node, doomed: &[(Tuple, Attestation)]) -> Vec<Place> {
     };
     for (index, (tuple, attestation)) in doomed.iter().enumerate() {
         let [client, app] = End::both(tuple, attestation);
-        // Should the address be another pod's by now, then nothing there has the socket's cookie.
-        put(&mut clients, pods.iter().find(|live| live.owns(client.local.ip())), index, client);
-        let of = |live: &&Arc<Live>| live.slot == attestation.slot && live.owns(app.local.ip());
-        put(&mut apps, pods.iter().find(of), index, app);
+        let of = |id: u64| pods.iter().find(move |live| live.workload.0 == id);
+        put(&mut clients, of(attestation.source), index, client);
+        put(&mut apps, of(attestation.destination), index, app);
     }
     clients.into_values().chain(apps.into_values()).collect()
 }

@@ -19,8 +19,9 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
-    CaptureError, destroy, kernel,
+    CaptureError, LaneFault, destroy, kernel,
     maps::{failed, ignore_absent, key},
+    path,
     pod::Node,
 };
 
@@ -137,6 +138,18 @@ impl Lane {
     /// Closes connections at both ends. Gives how many were open.
     pub async fn destroy(&self, doomed: &[(Tuple, Attestation)]) -> usize {
         destroy::destroy(&self.node, doomed).await
+    }
+
+    /// Measures whether connections from one pod to another stay on their links to this node and arrive as they left. Some
+    /// milliseconds; seconds where they do not.
+    pub async fn prove_path(&self, source: &str, destination: &str) -> Result<(), LaneFault> {
+        path::prove(&self.node, source, destination).await
+    }
+
+    /// Measures the part of it that is the pod's own.
+    pub async fn prove_device(&self, uid: &str) -> Result<(), LaneFault> {
+        let (_, live) = self.node.live(uid).map_err(|error| LaneFault::Probe(error.to_string()))?;
+        path::measure(&live.netns, &live.spec.addresses).await.map(drop)
     }
 
     /// The ends of connections. One reader at a time; what nobody reads is there for the next agent.

@@ -19,6 +19,7 @@ mod load;
 mod maps;
 mod messages;
 mod netns;
+mod path;
 mod pin;
 mod pod;
 mod ports;
@@ -36,4 +37,5 @@ pub use handle::{
     PodStatus, ProbeCommand, ProbeToken,
 };
 pub use lane::{EndedRing, Lane, ResidentPod, WorkloadId};
+pub use path::LaneFault;
 pub use socket::{TcpHealth, tcp_health};

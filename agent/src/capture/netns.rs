@@ -52,6 +52,12 @@ impl Netns {
         Ok(netns)
     }
 
+    /// The agent's own.
+    #[must_use]
+    pub fn home(&self) -> &impl AsFd {
+        &self.home.0
+    }
+
     /// The number by which the kernel names it in link information.
     #[must_use]
     pub fn inode(&self) -> u64 {

@@ -24,7 +24,7 @@ use tokio::task::JoinHandle;
 use super::netns::Netns;
 
 /// Index of `lo` in every netns (`LOOPBACK_IFINDEX`).
-const LOOPBACK: u32 = 1;
+pub const LOOPBACK: u32 = 1;
 
 /// Metric of the IPv6 local route (the kernel's default; the IPv4 one has 0).
 const FIRST: u32 = 1_024;
@@ -83,14 +83,20 @@ fn v6_unreachable() -> RouteMessage {
 }
 
 /// A netlink socket that was made inside the netns and so speaks of it from wherever it is used.
-struct Link {
-    handle: Handle,
+pub struct Link {
+    pub handle: Handle,
     connection: JoinHandle<()>,
 }
 
 impl Link {
-    fn open(netns: &Netns) -> io::Result<Self> {
+    pub fn open(netns: &Netns) -> io::Result<Self> {
         let (connection, handle, _) = netns.within(rtnetlink::new_connection)?;
+        Ok(Self { handle, connection: tokio::spawn(connection) })
+    }
+
+    /// Of the agent's own netns.
+    pub fn home() -> io::Result<Self> {
+        let (connection, handle, _) = rtnetlink::new_connection()?;
         Ok(Self { handle, connection: tokio::spawn(connection) })
     }
 
@@ -171,7 +177,7 @@ fn ignore(fine: &[i32], result: Result<(), rtnetlink::Error>) -> io::Result<()> 
 }
 
 /// Netlink tells success as an error message without a code.
-fn to_io(error: rtnetlink::Error) -> io::Error {
+pub fn to_io(error: rtnetlink::Error) -> io::Error {
     match error {
         rtnetlink::Error::NetlinkError(message) => {
             io::Error::from_raw_os_error(message.code.map_or(0, NonZeroI32::get).abs())

@@ -1,13 +1,15 @@
 //! Sockets that live in a pod's netns: the listener, the one that dials as the pod, the one that delivers as its client.
 //!
 //! Only makes and binds them; connecting is the caller's. A port is never left to the kernel to search at bind time: with
-//! a foreign source address that search grows with every connection (`IP_BIND_ADDRESS_NO_PORT` is the way out).
+//! a foreign source address that search grows with every connection (`IP_BIND_ADDRESS_NO_PORT` is the way out). A path's
+//! prober, one at a time and from the pod's own address, is the exception.
 #![allow(unsafe_code, reason = "socket options that socket2 has no name for")]
 
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::fd::{AsRawFd, BorrowedFd},
+    time::Duration,
 };
 
 use heddle_common::{LISTENER_PORT, MARK};
@@ -112,6 +114,26 @@ pub fn prober(netns: &Netns, source: IpAddr) -> io::Result<Socket> {
     set_no_port_at_bind(&socket)?;
     socket.bind(&SockAddr::from(SocketAddr::new(source, 0)))?;
     Ok(socket)
+}
+
+/// A socket that takes one connection to a pod's address and port, where capture lets it in.
+pub fn path_listener(netns: &Netns, at: SocketAddr) -> io::Result<TcpListener> {
+    let socket = stream_in(netns, at.ip())?;
+    socket.set_reuse_address(true)?;
+    // Accepted sockets too: nothing is left of a probe.
+    socket.set_linger(Some(Duration::ZERO))?;
+    socket.bind(&SockAddr::from(at))?;
+    socket.listen(limits::PATH_BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// A socket that connects as the pod itself would, and its address: the port is known before it does.
+pub fn path_prober(netns: &Netns, source: IpAddr) -> io::Result<(Socket, SocketAddr)> {
+    let socket = stream_in(netns, source)?;
+    socket.set_linger(Some(Duration::ZERO))?;
+    socket.bind(&SockAddr::from(SocketAddr::new(source, 0)))?;
+    let own = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?;
+    Ok((socket, own))
 }
 
 /// How well TCP gets on, as the sending side sees it.

@@ -8,5 +8,6 @@ mod lane;
 mod netns;
 mod node;
 mod outbound;
+mod path;
 mod withdrawal;
 mod world;

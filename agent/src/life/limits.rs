@@ -189,6 +189,9 @@ pub const SOCK_DIAG_BATCH: usize = 64;
 /// Longest answer about one socket (bytes): some 200 without what is not asked for.
 pub const SOCK_DIAG_ANSWER: usize = 4 << 10;
 
+/// Connections that wait at a socket which is there for one of them (connections): the pod's own processes may send others.
+pub const PATH_BACKLOG: i32 = 16;
+
 // cluster
 
 /// Nesting and nodes of one YAML document (levels, nodes), aliases expanded: a full file of pods has some 250,000 nodes.
