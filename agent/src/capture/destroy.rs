@@ -6,7 +6,7 @@
 //! socket that was found, by its cookie: never a listener, and never a later connection of the same 4-tuple.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::BTreeMap,
     io,
     net::{IpAddr, SocketAddr},
     sync::{
@@ -68,9 +68,32 @@ fn address(key: Address) -> IpAddr {
 /// ended meanwhile is none.
 pub async fn destroy(node: &Arc<Node>, doomed: &[(Tuple, Attestation)]) -> usize {
     let (node, doomed) = (Arc::clone(node), doomed.to_vec());
-    let closed = blocking(move || Ok(places(&node, &doomed).iter().flat_map(close).collect::<HashSet<_>>().len()));
+    let closed = blocking(move || {
+        let [clients, apps] = places(&node, &doomed);
+        let mut fates = vec![Fate::Ended; doomed.len()];
+        // A client's reset takes most of the apps' ends with it.
+        for mut place in clients.into_iter().chain(apps) {
+            place.ends.retain(|(number, _)| fates[*number] != Fate::Later);
+            for (number, fate) in close(&place) {
+                if fate != Fate::Ended {
+                    fates[number] = fate;
+                }
+            }
+        }
+        Ok(fates.into_iter().filter(|fate| *fate == Fate::Closed).count())
+    });
     // Fails only where the runtime shuts down.
     closed.await.unwrap_or_default()
+}
+
+/// What became of an end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Closed,
+    /// It was closed already.
+    Ended,
+    /// Its 4-tuple is another connection's by now.
+    Later,
 }
 
 /// Ends in one netns, each with the number of its connection.
@@ -79,8 +102,8 @@ struct Place {
     ends: Vec<(usize, End)>,
 }
 
-/// Which netns each end is in: the clients', then the apps', of which a client's reset takes most with it.
-fn places(node: &Node, doomed: &[(Tuple, Attestation)]) -> Vec<Place> {
+/// Which netns the clients' ends are in, and the apps'.
+fn places(node: &Node, doomed: &[(Tuple, Attestation)]) -> [Vec<Place>; 2] {
     let pods: Vec<Arc<Live>> = node.pods().iter().filter_map(|pod| pod.live()).collect();
     let (mut clients, mut apps) = (BTreeMap::new(), BTreeMap::new());
     let put = |places: &mut BTreeMap<u64, Place>, live: Option<&Arc<Live>>, index, end| {
@@ -94,16 +117,17 @@ fn places(node: &Node, doomed: &[(Tuple, Attestation)]) -> Vec<Place> {
         put(&mut clients, of(attestation.source), index, client);
         put(&mut apps, of(attestation.destination), index, app);
     }
-    clients.into_values().chain(apps.into_values()).collect()
+    [clients, apps].map(|places| places.into_values().collect())
 }
 
-/// Closes what is still open of these ends. Gives the numbers of those. Blocks, for some microseconds an end.
-fn close(place: &Place) -> Vec<usize> {
+/// Closes what is still open of these ends. Gives what became of each that it could ask about. Blocks, for some
+/// microseconds an end.
+fn close(place: &Place) -> Vec<(usize, Fate)> {
     /// It does not change while the kernel runs.
     static UNABLE: AtomicBool = AtomicBool::new(false);
     let (numbers, ends): (Vec<usize>, Vec<End>) = place.ends.iter().copied().unzip();
     match Diag::open(&place.netns).and_then(|diag| diag.close(&ends)) {
-        Ok(closed) => numbers.into_iter().zip(closed).filter(|(_, closed)| *closed).map(|(number, _)| number).collect(),
+        Ok(fates) => numbers.into_iter().zip(fates).collect(),
         Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
             if !UNABLE.swap(true, Ordering::Relaxed) {
                 tracing::error!(
@@ -135,16 +159,18 @@ impl Diag {
         Ok(Self { socket, devices })
     }
 
-    /// For each end, whether it was open and is closed now.
-    fn close(&self, ends: &[End]) -> io::Result<Vec<bool>> {
-        let mut closed = vec![false; ends.len()];
+    /// What becomes of each end.
+    fn close(&self, ends: &[End]) -> io::Result<Vec<Fate>> {
+        let mut fates = vec![Fate::Ended; ends.len()];
         let asked: Vec<_> = ends.iter().map(|end| SockDiagMessage::InetRequest(self.request(end))).collect();
         let mut found = Vec::new();
         self.exchange(&asked, NLM_F_REQUEST, |index, answer| {
-            if let Ok(Some(SockDiagMessage::InetResponse(response))) = answer
-                && let Some(cookie) = doomed(&ends[index], &response.header)
-            {
-                found.push((index, cookie));
+            if let Ok(Some(SockDiagMessage::InetResponse(response))) = answer {
+                match seen(&ends[index], &response.header) {
+                    Seen::Open(cookie) => found.push((index, cookie)),
+                    Seen::Later => fates[index] = Fate::Later,
+                    Seen::Nothing => {}
+                }
             }
             Ok(())
         })?;
@@ -155,14 +181,14 @@ impl Diag {
         });
         self.exchange(&requests.collect::<Vec<_>>(), NLM_F_REQUEST | NLM_F_ACK, |index, answer| {
             match answer {
-                Ok(_) => closed[found[index].0] = true,
+                Ok(_) => fates[found[index].0] = Fate::Closed,
                 // It has ended by itself.
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
                 Err(error) => return Err(error),
             }
             Ok(())
         })?;
-        Ok(closed)
+        Ok(fates)
     }
 
     fn request(&self, end: &End) -> InetRequest {
@@ -245,15 +271,29 @@ fn devices() -> io::Result<Vec<(IpAddr, u32)>> {
     Ok(devices)
 }
 
-/// The cookie of the socket that was found for an end, if it is that end and open.
-fn doomed(end: &End, found: &InetResponseHeader) -> Option<[u8; 8]> {
+/// What a look-up for an end has found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    /// The end, by its cookie.
+    Open([u8; 8]),
+    /// An open connection of its 4-tuple that is not its own.
+    Later,
+    /// Nothing that is open; a listener, which is found where nothing else is.
+    Nothing,
+}
+
+fn seen(end: &End, found: &InetResponseHeader) -> Seen {
     let id = &found.socket_id;
     let at = |address: IpAddr, port| SocketAddr::new(address.to_canonical(), port);
-    let is_end = at(id.source_address, id.source_port) == end.local
-        && at(id.destination_address, id.destination_port) == end.remote
-        && end.cookie.is_none_or(|cookie| id.cookie == words(cookie));
-    let open = ![TCP_LISTEN, TCP_TIME_WAIT, TCP_CLOSE].contains(&found.state);
-    (is_end && open).then_some(id.cookie)
+    let same = at(id.source_address, id.source_port) == end.local
+        && at(id.destination_address, id.destination_port) == end.remote;
+    if !same || [TCP_LISTEN, TCP_TIME_WAIT, TCP_CLOSE].contains(&found.state) {
+        return Seen::Nothing;
+    }
+    match end.cookie {
+        Some(cookie) if id.cookie != words(cookie) => Seen::Later,
+        _ => Seen::Open(id.cookie),
+    }
 }
 
 /// A cookie as `sock_diag` has it: two words, the lower first.
@@ -298,13 +338,14 @@ mod tests {
         let any = End { local: "10.0.0.2:80".parse().unwrap(), remote: "10.0.0.1:4000".parse().unwrap(), cookie: None };
         let known = End { cookie: Some(cookie), ..any };
         let mapped = "[::ffff:10.0.0.1]:4000";
-        assert_eq!(doomed(&any, &found(ESTABLISHED, mapped, cookie)), Some(words(cookie)));
-        assert_eq!(doomed(&known, &found(ESTABLISHED, mapped, cookie)), Some(words(cookie)));
-        assert_eq!(doomed(&known, &found(ESTABLISHED, mapped, cookie + (1 << 32))), None, "a later connection");
-        assert_eq!(doomed(&any, &found(ESTABLISHED, "10.0.0.1:4001", cookie)), None);
-        assert_eq!(doomed(&any, &found(ESTABLISHED, "[::]:0", cookie)), None);
+        let own = Seen::Open(words(cookie));
+        assert_eq!(seen(&any, &found(ESTABLISHED, mapped, cookie)), own);
+        assert_eq!(seen(&known, &found(ESTABLISHED, mapped, cookie)), own);
+        assert_eq!(seen(&known, &found(ESTABLISHED, mapped, cookie + (1 << 32))), Seen::Later);
+        assert_eq!(seen(&any, &found(ESTABLISHED, "10.0.0.1:4001", cookie)), Seen::Nothing);
+        assert_eq!(seen(&any, &found(ESTABLISHED, "[::]:0", cookie)), Seen::Nothing);
         for state in [TCP_LISTEN, TCP_TIME_WAIT, TCP_CLOSE] {
-            assert_eq!(doomed(&any, &found(state, mapped, cookie)), None, "{state}");
+            assert_eq!(seen(&any, &found(state, mapped, cookie)), Seen::Nothing, "{state}");
         }
     }
 

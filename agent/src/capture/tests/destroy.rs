@@ -163,8 +163,8 @@ fn a_listener_and_a_later_connection_of_the_same_tuple_are_left_alone() {
             assert_eq!(ended.app.read(&mut [0]).unwrap(), 0);
             drop(ended);
             assert_eq!(handle.lane().destroy(&[doomed]).await, 0);
-            // The source's socket is another than the one that was attested; the app's end has none but its own to go by.
-            let (tuple, attestation) = kept.doomed([at[0], 0]);
+            // The source's socket is another than the one that was attested, so the app's end is another's too.
+            let (tuple, attestation) = kept.doomed(at);
             let later = Attestation { id: kept.cookie + 1, ..attestation };
             assert_eq!(handle.lane().destroy(&[(tuple, later)]).await, 0);
             // And nobody has these workload ids.
