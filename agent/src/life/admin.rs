@@ -249,11 +249,17 @@ impl fmt::Debug for Answers {
 fn router(answers: Arc<Answers>) -> Router {
     Router::new()
         .route("/status", get(async |State(answers): State<Arc<Answers>>| Json((answers.status)())))
-        .route("/connections", get(async |State(answers): State<Arc<Answers>>| Json((answers.connections)())))
+        .route("/connections", get(connections))
         .route("/certificates", get(async |State(answers): State<Arc<Answers>>| Json((answers.certificates)())))
         .route("/policy/explain", get(explain))
         .route("/proof", post(prove))
         .with_state(answers)
+}
+
+/// There may be ten thousands of them: nothing for a worker that carries bytes.
+async fn connections(State(answers): State<Arc<Answers>>) -> Result<Json<Vec<ConnectionLine>>, (StatusCode, String)> {
+    let listed = tokio::task::spawn_blocking(move || (answers.connections)()).await;
+    listed.map(Json).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))
 }
 
 async fn prove(

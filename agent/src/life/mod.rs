@@ -7,6 +7,7 @@
 //! - [`enrol`] follows the snapshot; [`keeper`] keeps one pod captured, served and proven
 //! - [`readiness`], [`admin`]: what is told of it, over [`http`]
 //! - [`proof`]: one connection that is made to show how a pair of pods is protected
+//! - [`records`]: what the kernel says of its lane's connections, for telemetry
 //! - [`drain`]: how it ends
 
 pub mod admin;
@@ -23,6 +24,7 @@ pub mod limits;
 pub mod log;
 pub mod proof;
 pub mod readiness;
+mod records;
 pub mod start;
 
 #[cfg(test)]

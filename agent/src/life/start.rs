@@ -26,6 +26,7 @@ use super::{
     limits,
     proof::Prover,
     readiness::{self, Blocker, Readiness},
+    records,
 };
 use crate::{
     capture::{self, CaptureConfig, CaptureError, ProbeCommand},
@@ -184,6 +185,7 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
         pods: pods.clone(),
         problems: source.problems(),
         readiness: readiness.clone(),
+        telemetry: Arc::clone(&telemetry),
     };
     tokio::spawn(http::serve(
         metrics,
@@ -198,6 +200,8 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
     let enrolment = tokio::spawn(enrolment.run(view.clone()));
     tokio::spawn(first_certificate(context.certificates.clone(), readiness.clone(), certifying));
     tokio::spawn(learn(Arc::clone(&telemetry), view.clone(), stop.clone()));
+    let tried = first_pass(readiness.clone());
+    tokio::spawn(records::follow(Arc::clone(&telemetry), context.clone(), tried, serving.clone()));
     tokio::spawn(sweep(telemetry, view.clone(), stop.clone()));
     tokio::spawn(close_idle(context.registry.clone(), stop.clone()));
     tokio::spawn(incomplete(view, readiness.clone(), reading, stop.clone()));
@@ -268,6 +272,7 @@ struct Known {
     pods: Pods,
     problems: tokio::sync::watch::Receiver<Arc<[cluster::Problem]>>,
     readiness: Readiness,
+    telemetry: Arc<Telemetry>,
 }
 
 impl Known {
@@ -285,11 +290,12 @@ impl Known {
         let (live, capture, certificates, rules) =
             (self.context.clone(), self.context.clone(), self.context.clone(), self.context.clone());
         let gaps = self.context.clone();
+        let (lane, lost) = (self.context.capture.lane(), self.context.capture.lane());
         let (pods, problems) = (self.pods.clone(), self.problems.clone());
         Sources {
             live: Box::new(move || live.registry.live()),
-            lane: Box::new(Vec::new),
-            lane_lost: Box::new(|| 0),
+            lane: Box::new(move || records::table(&lane)),
+            lane_lost: Box::new(move || lost.events_lost()),
             pods: Box::new(move || Self::pods(&capture, &pods)),
             certificates: Box::new(move || certificates.certificates.list()),
             manifest_problems: Box::new(move || problems.borrow().len()),
@@ -304,6 +310,7 @@ impl Known {
 
     fn answers(self) -> Answers {
         let (live, certificates) = (self.context.registry.clone(), self.context.certificates.clone());
+        let (lane, telemetry) = (self.context.capture.lane(), Arc::clone(&self.telemetry));
         let rules = Arc::clone(&self.context.rules);
         let (explained, proving, known) = (self.context.clone(), self.context.clone(), self.pods.clone());
         let prover = Arc::new(Prover::default());
@@ -312,6 +319,9 @@ impl Known {
                 let rules = rules.load();
                 let mut lines: Vec<_> =
                     live.live().iter().map(|connection| ConnectionLine::new(connection, &rules)).collect();
+                telemetry.lane().look(|| records::table(&lane));
+                let on_lane = telemetry.lane().connections();
+                lines.extend(on_lane.iter().map(|connection| ConnectionLine::of_lane(connection, &rules)));
                 lines.sort_by_key(|line| line.id);
                 lines
             }),
@@ -383,6 +393,13 @@ fn metrics_router(telemetry: Arc<Telemetry>, sources: Sources) -> Router {
         .route("/metrics", get(scrape))
         .route("/stats/prometheus", get(scrape))
         .with_state((telemetry, Arc::new(sources)))
+}
+
+/// Waits until each pod of the node was tried.
+async fn first_pass(readiness: Readiness) {
+    while readiness.waiting_for().iter().any(|what| what == FIRST_PASS) {
+        sleep(limits::WATCH_INTERVAL).await;
+    }
 }
 
 /// Holds `blocker` until the first certificate is there, or the first pass found no pod that needs one.

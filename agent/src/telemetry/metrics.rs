@@ -34,8 +34,8 @@ use crate::{
 /// Where a scrape reads what other stages know right now.
 pub struct Sources {
     pub live: Box<dyn Fn() -> Vec<Arc<Connection>> + Send + Sync>,
-    /// The kernel lane's connections.
-    pub lane: Box<dyn Fn() -> Vec<(Tuple, Attestation)> + Send + Sync>,
+    /// The kernel lane's connections; `None` where they can't be read.
+    pub lane: Box<dyn Fn() -> Option<Vec<(Tuple, Attestation)>> + Send + Sync>,
     /// Records of the kernel lane that found no room, of the pods that are enrolled.
     pub lane_lost: Box<dyn Fn() -> u64 + Send + Sync>,
     pub pods: Box<dyn Fn() -> Vec<PodReport> + Send + Sync>,

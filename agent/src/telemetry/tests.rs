@@ -328,7 +328,7 @@ fn budget() -> Budget {
 pub(super) fn sources(live: Vec<Arc<Connection>>) -> Sources {
     Sources {
         live: Box::new(move || live.clone()),
-        lane: Box::new(Vec::new),
+        lane: Box::new(|| None),
         lane_lost: Box::new(|| 3),
         pods: Box::new(|| {
             let pod = |name: &str, state| PodReport {

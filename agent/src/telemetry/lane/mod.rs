@@ -128,22 +128,24 @@ impl Lane<'_> {
         }
     }
 
-    /// Looks at the connections that go on; `table` reads the kernel's table of them.
-    pub fn look(&self, table: impl FnOnce() -> Vec<(Tuple, Attestation)>) {
+    /// Looks at the connections that go on; `table` reads the kernel's table of them, or can't.
+    pub fn look(&self, table: impl FnOnce() -> Option<Vec<(Tuple, Attestation)>>) {
         let mut batch = Batch::default();
         let mut ledger = self.ledger();
         // Under the lock: see [`ledger`].
-        ledger.look(&table(), self.0.lane.began, &self.0.metrics.traffic, &mut batch);
+        let Some(table) = table() else { return };
+        ledger.look(&table, self.0.lane.began, &self.0.metrics.traffic, &mut batch);
         self.tell(&batch);
     }
 
     /// The same, and finds those whose end nobody recorded. For the reader of the records alone, when it has taken every one
     /// there was, and not more often than [`limits::LANE_LOOK`].
-    pub fn settle(&self, table: impl FnOnce() -> Vec<(Tuple, Attestation)>) {
+    pub fn settle(&self, table: impl FnOnce() -> Option<Vec<(Tuple, Attestation)>>) {
         let now = Instant::now();
         let mut batch = Batch::default();
         let mut ledger = self.ledger();
-        ledger.look(&table(), self.0.lane.began, &self.0.metrics.traffic, &mut batch);
+        let Some(table) = table() else { return };
+        ledger.look(&table, self.0.lane.began, &self.0.metrics.traffic, &mut batch);
         ledger.settle(monotonic(), &mut batch);
         ledger.names.forget(limits::LANE_REMEMBERED, now);
         self.tell(&batch);
