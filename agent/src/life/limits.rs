@@ -189,9 +189,6 @@ pub const SOCK_DIAG_BATCH: usize = 64;
 /// Longest answer about one socket (bytes): some 200 without what is not asked for.
 pub const SOCK_DIAG_ANSWER: usize = 4 << 10;
 
-/// Connections that wait at a socket which is there for one of them (connections): the pod's own processes may send others.
-pub const PATH_BACKLOG: i32 = 16;
-
 // cluster
 
 /// Nesting and nodes of one YAML document (levels, nodes), aliases expanded: a full file of pods has some 250,000 nodes.
@@ -307,7 +304,7 @@ pub const LANE_MISSING: u32 = 2;
 pub const LANE_REMEMBERED: Duration = Duration::from_secs(60);
 /// Pairs of pods, ports and Services whose labels and log lines are kept made up (pairs), some 5 KiB each; past it they are
 /// made anew.
-pub const LANE_LABELS: usize = 2_048;
+pub const LANE_ALIKE: usize = 2_048;
 /// A dry-run policy that matches is logged at most this often (duration), and counted always.
 pub const DRY_RUN_LOG: Duration = Duration::from_secs(1);
 /// Spans queued for the collector (spans), some 2 KiB each; past it spans are dropped and counted.

@@ -241,7 +241,7 @@ impl Ledger {
         let pair = Arc::new(Pair::new(&key, &self.names, around, traffic));
         // What nobody knows now may be known in a moment.
         if pair.flows.iter().all(|flow| flow.source_workload.is_some() && flow.destination_workload.is_some()) {
-            if self.pairs.len() >= limits::LANE_LABELS {
+            if self.pairs.len() >= limits::LANE_ALIKE {
                 self.pairs.clear();
             }
             self.pairs.insert(key, Arc::clone(&pair));
