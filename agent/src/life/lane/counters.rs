@@ -86,27 +86,32 @@ impl Counters {
         self.free.is_empty() && !self.returned.is_empty()
     }
 
-    /// Takes the kernel's values, and gives what they have risen by, pair by pair.
-    pub fn read(&mut self, values: &[u64]) -> Vec<Denied> {
+    /// Takes the kernel's values, and gives what they have risen by, pair by pair. A counter that can't be read now is read the next
+    /// time.
+    pub fn read(&mut self, mut value: impl FnMut(u32) -> Option<u64>) -> Vec<Denied> {
         let mut denied = Vec::new();
         let told = &mut self.told;
         let mut rise = |counter: u32, refused: &Arc<Refused>| {
-            let at = usize::try_from(counter).unwrap_or(usize::MAX);
-            if let (Some(before), Some(now)) = (told.get_mut(at), values.get(at)) {
-                let connections = now.saturating_sub(*before);
-                *before = *now;
-                if connections > 0 {
-                    denied.push(Denied { refused: Arc::clone(refused), connections });
-                }
+            let before = usize::try_from(counter).ok().and_then(|at| told.get_mut(at));
+            let (Some(before), Some(now)) = (before, value(counter)) else { return false };
+            let connections = now.saturating_sub(*before);
+            *before = now;
+            if connections > 0 {
+                denied.push(Denied { refused: Arc::clone(refused), connections });
             }
+            true
         };
         for (counter, (_, refused)) in &self.used {
             rise(*counter, refused);
         }
-        for (counter, refused) in self.returned.drain(..) {
-            rise(counter, &refused);
-            self.free.push(counter);
-        }
+        let free = &mut self.free;
+        self.returned.retain(|(counter, refused)| {
+            let read = rise(*counter, refused);
+            if read {
+                free.push(*counter);
+            }
+            !read
+        });
         denied
     }
 }
@@ -119,11 +124,14 @@ mod tests {
     fn refused(port: u16) -> Arc<Refused> {
         Arc::new(Refused {
             source: Arc::new(Workload::named("shop", "a")),
-            principal: "spiffe://cluster.local/ns/shop/sa/a".parse().unwrap(),
             destination: Arc::new(Workload::named("shop", "b")),
             port,
             denial: Denial::NotAllowed,
         })
+    }
+
+    fn read(counters: &mut Counters, values: &[u64]) -> Vec<(u16, u64)> {
+        told(&counters.read(|counter| values.get(counter as usize).copied()))
     }
 
     fn told(denied: &[Denied]) -> Vec<(u16, u64)> {
@@ -137,9 +145,9 @@ mod tests {
         let mut counters = Counters::new(vec![7, 100], 2);
         let (one, two) = (counters.take(1, &refused(1)).unwrap(), counters.take(1, &refused(2)).unwrap());
         assert_eq!((one, two), (0, 1));
-        assert_eq!(told(&counters.read(&[10, 100])), [(1, 3)]);
-        assert_eq!(told(&counters.read(&[10, 105])), [(2, 5)]);
-        assert_eq!(told(&counters.read(&[10, 105])), []);
+        assert_eq!(read(&mut counters, &[10, 100]), [(1, 3)]);
+        assert_eq!(read(&mut counters, &[10, 105]), [(2, 5)]);
+        assert_eq!(read(&mut counters, &[10, 105]), []);
     }
 
     #[test]
@@ -149,9 +157,11 @@ mod tests {
         counters.give_back(counter);
         assert_eq!(counters.take(2, &refused(2)), None, "not read yet");
         assert!(counters.would_free());
-        assert_eq!(told(&counters.read(&[4])), [(1, 4)]);
+        assert_eq!(read(&mut counters, &[]), [], "it can't be read now");
+        assert_eq!(counters.take(2, &refused(2)), None, "so it is not read yet");
+        assert_eq!(read(&mut counters, &[4]), [(1, 4)]);
         assert_eq!(counters.take(2, &refused(2)), Some(counter));
-        assert_eq!(told(&counters.read(&[6])), [(2, 2)]);
+        assert_eq!(read(&mut counters, &[6]), [(2, 2)]);
     }
 
     #[test]

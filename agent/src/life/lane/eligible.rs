@@ -1,16 +1,12 @@
 //! Whether two pods may take the lane at all, and what policy says of a port between them. Pure.
 
-use std::{
-    cell::RefCell,
-    collections::{HashMap, HashSet},
-    net::IpAddr,
-    sync::Arc,
-};
+use std::{cell::RefCell, collections::HashMap, net::IpAddr, sync::Arc};
 
 use heddle_common::Pair;
 
-use super::{kernel::ResidentPod, paths::Paths};
+use super::{kernel::LaneFault, paths::Paths};
 use crate::{
+    capture::ResidentPod,
     cluster::{SameNode, Snapshot, Workload},
     identity::{SpiffeId, TrustDomain},
     policy::{self, Denial, Ends, Rulebook, Verdict},
@@ -28,11 +24,13 @@ pub(super) enum Decision {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refused {
     pub source: Arc<Workload>,
-    pub principal: SpiffeId,
     pub destination: Arc<Workload>,
     pub port: u16,
     pub denial: Denial,
 }
+
+/// Uids of pods whose capture is proven, and whether they can take the lane with any other.
+pub(super) type Captured = HashMap<Arc<str>, Result<(), LaneFault>>;
 
 /// All that decisions rest on, at one moment.
 #[derive(Debug)]
@@ -42,8 +40,7 @@ pub(super) struct World<'a> {
     pub trust_domain: &'a TrustDomain,
     /// Pods of the node by uid.
     pub residents: &'a HashMap<Arc<str>, ResidentPod>,
-    /// Uids of pods whose capture is proven.
-    pub captured: &'a HashSet<Arc<str>>,
+    pub captured: &'a Captured,
     pub paths: &'a Paths,
     /// An identity is made once for many pairs.
     pub identities: RefCell<HashMap<Arc<str>, Option<SpiffeId>>>,
@@ -97,8 +94,8 @@ impl<'a> World<'a> {
     /// A pod of the node that may take the lane with others.
     fn end(&self, uid: &Arc<str>) -> Option<(&'a Arc<Workload>, &'a ResidentPod)> {
         let workload = self.snapshot.workloads.get(uid).filter(|workload| may(workload))?;
-        let resident = self.residents.get(uid).filter(|resident| resident.lane.is_ok())?;
-        self.captured.contains(uid).then_some((workload, resident))
+        let resident = self.residents.get(uid).filter(|resident| resident.attestable)?;
+        matches!(self.captured.get(uid), Some(Ok(()))).then_some((workload, resident))
     }
 
     fn identity(&self, workload: &Workload) -> Option<SpiffeId> {
@@ -117,7 +114,6 @@ impl<'a> World<'a> {
             Verdict::Allow => Decision::Allow,
             Verdict::Deny(denial) => Decision::Deny(Arc::new(Refused {
                 source: Arc::clone(source),
-                principal: principal.clone(),
                 destination: Arc::clone(destination),
                 port,
                 denial,

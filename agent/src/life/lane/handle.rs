@@ -94,9 +94,10 @@ impl<K: Kernel> Lane<K> {
 
     /// Notes whether a pod's capture is proven. Without proof the kernel has no verdict of it when this returns.
     pub async fn capture(&self, uid: &Arc<str>, proven: bool) {
+        let proof = if proven { Some(self.prove_device(uid).await) } else { None };
         let uid = Arc::clone(uid);
         let doomed =
-            self.locked(move |table| if table.capture(&uid, proven) { table.forbidden() } else { Ok(Vec::new()) });
+            self.locked(move |table| if table.capture(&uid, proof) { table.forbidden() } else { Ok(Vec::new()) });
         match doomed.await {
             Ok(Ok(doomed)) if doomed.is_empty() => {}
             Ok(Ok(doomed)) => {
@@ -150,7 +151,7 @@ impl<K: Kernel> Lane<K> {
         let (pairs, allowed, denied) = table.sizes();
         let name = |workload: &crate::cluster::Workload| format!("{}/{}", workload.namespace, workload.name);
         let pods = table.pods().into_iter().map(|(pod, workload)| {
-            let state = switch(&workload, &pod.lane, table.captured(&pod.uid));
+            let state = switch(&workload, &pod, table.captured(&pod.uid));
             (pod.uid, state)
         });
         let fault = |(from, to, fault): (Arc<_>, Arc<_>, LaneFault)| PathFault {
@@ -190,6 +191,12 @@ impl<K: Kernel> Lane<K> {
             .unwrap_or_else(|_| Err(LaneFault::Probe(format!("took longer than {:?}", limits::LANE_PROOF))))
     }
 
+    async fn prove_device(&self, uid: &str) -> Result<(), LaneFault> {
+        timeout(limits::LANE_PROOF, self.0.kernel.prove_device(uid))
+            .await
+            .unwrap_or_else(|_| Err(LaneFault::Probe(format!("took longer than {:?}", limits::LANE_PROOF))))
+    }
+
     /// Tells of what the kernel has denied since the last time.
     pub(super) async fn tell(&self) {
         match self.locked(Table::denied).await {
@@ -214,3 +221,15 @@ impl<K: Kernel> Lane<K> {
 #[derive(Debug)]
 #[must_use = "they are open until they are ended"]
 pub struct Doomed(Vec<Forbidden>);
+
+impl Doomed {
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}

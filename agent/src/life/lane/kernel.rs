@@ -1,25 +1,15 @@
 //! The kernel's tables, as far as the lane's decisions need them.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+use std::collections::HashMap;
 
 use heddle_common::{Attestation, LocalEndpoints, Pair, ServicePort, Tuple, Verdict};
 
-use crate::capture::CaptureError;
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub struct WorkloadId(pub u64);
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ResidentPod {
-    pub uid: Arc<str>,
-    pub id: WorkloadId,
-    pub slot: u32,
-    pub addresses: Vec<IpAddr>,
-    pub lane: Result<(), LaneFault>,
-}
+use crate::capture::{CaptureError, ResidentPod};
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LaneFault {
+    #[error("no cookie")]
+    NoNetnsCookie,
     #[error("{0}")]
     Probe(String),
 }
@@ -28,6 +18,7 @@ impl LaneFault {
     #[must_use]
     pub fn reason(&self) -> &'static str {
         match self {
+            Self::NoNetnsCookie => "no_netns_cookie",
             Self::Probe(_) => "probe",
         }
     }
@@ -35,8 +26,10 @@ impl LaneFault {
 
 /// What is asked of the kernel. Each call is one system call per entry, unless it says otherwise.
 pub trait Kernel: Clone + Send + Sync + std::fmt::Debug + 'static {
-    /// The enrolled pods of the node, with the ids by which the kernel knows them.
+    /// The attached pods of the node, with the ids by which the kernel knows them. No system call.
     fn residents(&self) -> Vec<ResidentPod>;
+    /// Those that an earlier agent may have left, attached by now or not. Reads bpffs.
+    fn pinned(&self) -> Result<Vec<ResidentPod>, CaptureError>;
     /// Every verdict that the kernel holds. Walks the table.
     fn verdicts(&self) -> Result<Vec<(Pair, Verdict)>, CaptureError>;
     /// Writes one; `false` when the table is full.
@@ -45,12 +38,16 @@ pub trait Kernel: Clone + Send + Sync + std::fmt::Debug + 'static {
     fn remove_verdict(&self, pair: &Pair) -> Result<(), CaptureError>;
     /// Connections denied so far, by counter. Walks the table.
     fn denials(&self) -> Result<Vec<u64>, CaptureError>;
+    /// The same of one counter.
+    fn denial(&self, counter: u32) -> Result<u64, CaptureError>;
     /// Makes the table of Services exactly this.
     fn set_services(&self, wanted: &HashMap<ServicePort, LocalEndpoints>) -> Result<(), CaptureError>;
     /// The lane's open connections. Walks the table.
     fn connections(&self) -> Result<Vec<(Tuple, Attestation)>, CaptureError>;
     /// Closes connections at both ends; gives how many.
     fn destroy(&self, doomed: Vec<(Tuple, Attestation)>) -> impl Future<Output = usize> + Send;
+    /// Measures whether a pod can take the lane with any other; by uid.
+    fn prove_device(&self, uid: &str) -> impl Future<Output = Result<(), LaneFault>> + Send;
     /// Shows that packets from one pod reach the other on this host and as they were sent; by uid.
     fn prove_path(&self, source: &str, destination: &str) -> impl Future<Output = Result<(), LaneFault>> + Send;
 }

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use super::{eligible::asks_for_tls, kernel::LaneFault};
-use crate::cluster::Workload;
+use crate::{capture::ResidentPod, cluster::Workload};
 
 /// The lane at one moment, and what has happened since the start.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -48,12 +48,15 @@ pub struct PathFault {
     pub detail: String,
 }
 
-pub(super) fn switch(workload: &Workload, lane: &Result<(), LaneFault>, captured: bool) -> Switch {
+/// `captured` is as in [`super::eligible::Captured`].
+pub(super) fn switch(workload: &Workload, pod: &ResidentPod, captured: Option<&Result<(), LaneFault>>) -> Switch {
     let off = |reason, detail: &str| Switch::Off { reason, detail: detail.to_owned() };
-    match lane {
+    let fault = |fault: &LaneFault| off(fault.reason(), &fault.to_string());
+    match captured {
         _ if asks_for_tls(workload) => off("same_node_mtls", "heddle.dev/same-node asks for mutual TLS"),
-        Err(fault) => off(fault.reason(), &fault.to_string()),
-        Ok(()) if !captured => off("uncaptured", "the pod's capture is not proven"),
-        Ok(()) => Switch::On,
+        _ if !pod.attestable => fault(&LaneFault::NoNetnsCookie),
+        None => off("uncaptured", "the pod's capture is not proven"),
+        Some(Err(found)) => fault(found),
+        Some(Ok(())) => Switch::On,
     }
 }

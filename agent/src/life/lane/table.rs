@@ -15,15 +15,15 @@ use heddle_common::{LocalEndpoints, Pair, ServicePort, Verdict, verdict};
 
 use super::{
     counters::{Counters, Denied},
-    eligible::{Decision, Ineligible, World},
-    kernel::{Kernel, LaneFault, ResidentPod},
+    eligible::{Captured, Decision, Ineligible, World},
+    kernel::{Kernel, LaneFault},
     pairs::{Held, Pairs, Pods, Seen},
     paths::Paths,
     revoke::{self, Forbidden},
     services::services,
 };
 use crate::{
-    capture::CaptureError,
+    capture::{CaptureError, ResidentPod},
     cluster::{Snapshot, Workload},
     identity::TrustDomain,
     life::limits,
@@ -63,7 +63,9 @@ pub(super) struct Table<K> {
     /// In force, with the snapshot that they came from.
     rules: Arc<Rulebook>,
     snapshot: Arc<Snapshot>,
-    captured: HashSet<Arc<str>>,
+    captured: Captured,
+    /// Pods that an earlier agent enrolled, until this one has tried them.
+    inherited: Residents,
     paths: Paths,
     pairs: Pairs,
     /// `None` until what an earlier agent left is known.
@@ -110,7 +112,8 @@ impl<K: Kernel> Table<K> {
             node,
             rules: Arc::default(),
             snapshot: Arc::default(),
-            captured: HashSet::new(),
+            captured: Captured::new(),
+            inherited: Residents::new(),
             paths: Paths::default(),
             pairs: Pairs::new(limits::LANE_PAIRS, limits::LANE_PAIRS_PER_SOURCE),
             counters: None,
@@ -134,9 +137,9 @@ impl<K: Kernel> Table<K> {
         rules: Arc<Rulebook>,
         put_in_force: impl FnOnce(),
     ) -> Result<(), CaptureError> {
+        let adopted = if self.counters.is_none() { self.adopt(&snapshot, &rules) } else { Ok(()) };
+        self.retain(&snapshot);
         let residents = self.residents();
-        let adopted = if self.counters.is_none() { self.adopt(&residents, &snapshot, &rules) } else { Ok(()) };
-        self.captured.retain(|uid| snapshot.workloads.contains_key(uid));
         self.paths.retain(&residents.values().map(|pod| pod.id.0).collect());
         let plan = self.plan(&residents, &snapshot, &rules, self.pairs.pods());
         self.forget_gone(&snapshot);
@@ -188,18 +191,25 @@ impl<K: Kernel> Table<K> {
         }
     }
 
-    /// Notes whether a pod's capture is proven. Without proof its verdicts are gone when this returns. `true` when a pod is seen for
-    /// the first time, whose connections an earlier agent may have left.
-    pub fn capture(&mut self, uid: &Arc<str>, proven: bool) -> bool {
-        let changed = if proven { self.captured.insert(Arc::clone(uid)) } else { self.captured.remove(uid) };
-        if !proven && !changed {
+    /// Notes whether a pod's capture is proven, and if so whether it can take the lane. Without proof its verdicts are gone when this
+    /// returns. `true` when the pod is seen for the first time: an earlier agent may have left connections.
+    pub fn capture(&mut self, uid: &Arc<str>, proof: Option<Result<(), LaneFault>>) -> bool {
+        let inherited = self.inherited.remove(uid).is_some();
+        let changed = match proof {
+            Some(able) => {
+                self.captured.insert(Arc::clone(uid), able);
+                true
+            }
+            None => self.captured.remove(uid).is_some(),
+        };
+        if !changed && !inherited {
             return false;
         }
         let residents = self.residents();
         let own: Vec<Pods> = self.pairs.pods().filter(|(from, to)| from == uid || to == uid).cloned().collect();
         let plan = self.plan(&residents, &self.snapshot, &self.rules, own.iter());
         self.enact(plan);
-        self.meet(&residents)
+        self.meet(&residents) || inherited
     }
 
     /// Open connections of the lane that the rules in force deny.
@@ -208,7 +218,7 @@ impl<K: Kernel> Table<K> {
     /// When the kernel's table can't be read.
     pub fn forbidden(&mut self) -> Result<Vec<Forbidden>, CaptureError> {
         let connections = self.kernel.connections()?;
-        let residents: HashSet<u64> = self.kernel.residents().into_iter().map(|pod| pod.id.0).collect();
+        let residents: HashSet<u64> = self.residents().into_values().map(|pod| pod.id.0).collect();
         let open: HashSet<u64> = connections.iter().flat_map(|(_, by)| [by.source, by.destination]).collect();
         self.known.retain(|id, _| residents.contains(id) || open.contains(id));
         Ok(revoke::forbidden(&self.rules, &self.snapshot, &self.trust_domain, &self.known, connections))
@@ -220,7 +230,13 @@ impl<K: Kernel> Table<K> {
     /// When its counters can't be read.
     pub fn denied(&mut self) -> Result<Vec<Denied>, CaptureError> {
         if let Some(counters) = self.counters.as_mut().filter(|counters| counters.counting()) {
-            self.untold.extend(counters.read(&self.kernel.denials()?));
+            let mut failed = None;
+            let denied =
+                counters.read(|counter| self.kernel.denial(counter).map_err(|error| failed = Some(error)).ok());
+            self.untold.extend(denied);
+            if let Some(error) = failed {
+                return Err(error);
+            }
         }
         Ok(std::mem::take(&mut self.untold))
     }
@@ -235,9 +251,9 @@ impl<K: Kernel> Table<K> {
         (self.pairs.len(), self.pairs.held().count() - denied, denied)
     }
 
-    /// Whether the pod's capture is proven.
-    pub fn captured(&self, uid: &str) -> bool {
-        self.captured.contains(uid)
+    /// Whether the pod's capture is proven, and whether it can take the lane.
+    pub fn captured(&self, uid: &str) -> Option<&Result<(), LaneFault>> {
+        self.captured.get(uid)
     }
 
     /// The pods of the node that the cluster knows, with their records.
@@ -261,7 +277,18 @@ impl<K: Kernel> Table<K> {
     }
 
     fn residents(&self) -> Residents {
-        self.kernel.residents().into_iter().map(|pod| (Arc::clone(&pod.uid), pod)).collect()
+        let mut residents = self.inherited.clone();
+        residents.extend(self.kernel.residents().into_iter().map(|pod| (Arc::clone(&pod.uid), pod)));
+        residents
+    }
+
+    /// Forgets pods that are gone, and those that an earlier agent enrolled and nobody wants enrolled any more.
+    fn retain(&mut self, snapshot: &Snapshot) {
+        let enrolled = |uid: &Arc<str>| snapshot.workloads.get(uid).is_some_and(|workload| workload.enrolled);
+        let inherited = &mut self.inherited;
+        self.captured
+            .retain(|uid, _| snapshot.workloads.contains_key(uid) && (enrolled(uid) || !inherited.contains_key(uid)));
+        inherited.retain(|uid, _| enrolled(uid));
     }
 
     /// Keeps the records of the pods that are here. Whether one of them is new.
@@ -390,10 +417,8 @@ impl<K: Kernel> Table<K> {
         let counters = self.counters.as_mut()?;
         let Decision::Deny(refused) = decision else { return Some(0) };
         if counters.would_free() {
-            match self.kernel.denials() {
-                Ok(values) => self.untold.extend(counters.read(&values)),
-                Err(error) => tracing::warn!(reason = error.reason(), %error, "Denials can't be read"),
-            }
+            // What can't be read is read by the next look, which says so.
+            self.untold.extend(counters.read(|counter| self.kernel.denial(counter).ok()));
         }
         counters.take(source, refused)
     }
@@ -422,9 +447,11 @@ impl<K: Kernel> Table<K> {
 
     /// Takes over what an earlier agent left in the kernel: what the engine decides alike stays, the rest goes. Its pairs count as seen,
     /// their paths as proven, and their pods as captured until their keepers know better.
-    fn adopt(&mut self, residents: &Residents, snapshot: &Snapshot, rules: &Rulebook) -> Result<(), CaptureError> {
+    fn adopt(&mut self, snapshot: &Snapshot, rules: &Rulebook) -> Result<(), CaptureError> {
         let left = self.kernel.verdicts()?;
         let mut counters = Counters::new(self.kernel.denials()?, limits::LANE_DENIALS_PER_SOURCE);
+        self.inherited = self.kernel.pinned()?.into_iter().map(|pod| (Arc::clone(&pod.uid), pod)).collect();
+        let residents = self.residents();
         let by_id: HashMap<u64, &Arc<str>> = residents.values().map(|pod| (pod.id.0, &pod.uid)).collect();
         let pods = |pair: &Pair| {
             let uid = |id| by_id.get(&id).map(|uid| Arc::clone(uid));
@@ -432,14 +459,14 @@ impl<K: Kernel> Table<K> {
         };
         for (pair, _) in &left {
             if let Some((source, destination)) = pods(pair) {
-                self.captured.extend([source, destination]);
+                self.captured.extend([(source, Ok(())), (destination, Ok(()))]);
                 self.paths.end((pair.source, pair.destination), Ok(()), Instant::now());
             }
         }
         let (mut kept, mut removed) = (0_u64, 0_u64);
         let mut dropped = Vec::new();
         {
-            let world = world!(self, snapshot, rules, residents);
+            let world = world!(self, snapshot, rules, &residents);
             let mut judged = Vec::with_capacity(left.len());
             for (pair, found) in left {
                 let pods = pods(&pair);

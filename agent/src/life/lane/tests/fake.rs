@@ -8,8 +8,8 @@ use std::{
 use heddle_common::{Attestation, LocalEndpoints, Pair, ServicePort, Tuple, Verdict};
 
 use crate::{
-    capture::CaptureError,
-    life::lane::kernel::{Kernel, LaneFault, ResidentPod},
+    capture::{CaptureError, ResidentPod},
+    life::lane::kernel::{Kernel, LaneFault},
 };
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +23,7 @@ pub enum Operation {
 #[derive(Debug)]
 pub struct Inner {
     pub residents: Vec<ResidentPod>,
+    pub pinned: Vec<ResidentPod>,
     pub table: BTreeMap<Pair, Verdict>,
     pub capacity: usize,
     /// One value for each counter that there is.
@@ -30,7 +31,7 @@ pub struct Inner {
     pub services: HashMap<ServicePort, LocalEndpoints>,
     pub connections: Vec<(Tuple, Attestation)>,
     pub done: Vec<Operation>,
-    /// Paths that are not straight, by uid.
+    /// Paths that are not straight, by uid; from a pod to itself for its device.
     pub crooked: HashSet<(String, String)>,
     pub removals_fail: bool,
     pub proofs: usize,
@@ -43,6 +44,7 @@ impl Fake {
     pub fn new(capacity: usize, counters: usize) -> Self {
         Self(Arc::new(Mutex::new(Inner {
             residents: Vec::new(),
+            pinned: Vec::new(),
             table: BTreeMap::new(),
             capacity,
             denials: vec![0; counters],
@@ -67,6 +69,10 @@ impl Fake {
 impl Kernel for Fake {
     fn residents(&self) -> Vec<ResidentPod> {
         self.inner().residents.clone()
+    }
+
+    fn pinned(&self) -> Result<Vec<ResidentPod>, CaptureError> {
+        Ok(self.inner().pinned.clone())
     }
 
     fn verdicts(&self) -> Result<Vec<(Pair, Verdict)>, CaptureError> {
@@ -97,6 +103,10 @@ impl Kernel for Fake {
         Ok(self.inner().denials.clone())
     }
 
+    fn denial(&self, counter: u32) -> Result<u64, CaptureError> {
+        Ok(self.inner().denials[counter as usize])
+    }
+
     fn set_services(&self, wanted: &HashMap<ServicePort, LocalEndpoints>) -> Result<(), CaptureError> {
         self.inner().services.clone_from(wanted);
         Ok(())
@@ -111,6 +121,13 @@ impl Kernel for Fake {
         let before = inner.connections.len();
         inner.connections.retain(|(tuple, _)| !doomed.iter().any(|(other, _)| other == tuple));
         before - inner.connections.len()
+    }
+
+    async fn prove_device(&self, uid: &str) -> Result<(), LaneFault> {
+        match self.inner().crooked.contains(&(uid.to_owned(), uid.to_owned())) {
+            true => Err(LaneFault::Probe("no link to this node".into())),
+            false => Ok(()),
+        }
     }
 
     async fn prove_path(&self, source: &str, destination: &str) -> Result<(), LaneFault> {

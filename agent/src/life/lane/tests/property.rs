@@ -16,15 +16,13 @@ use proptest::{prelude::*, sample::select};
 
 use super::fake::{Fake, Operation};
 use crate::{
+    capture::{ResidentPod, WorkloadId},
     cluster::{
         PolicyGap, SameNode, Snapshot, Workload,
         kinds::{AuthorizationPolicy, PeerAuthentication},
     },
     identity::{SpiffeId, TrustDomain},
-    life::lane::{
-        kernel::{LaneFault, ResidentPod, WorkloadId},
-        table::Table,
-    },
+    life::lane::{kernel::LaneFault, table::Table},
     policy::{
         Denial, Request, Rulebook, decide,
         tests::{
@@ -102,7 +100,10 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 struct Pod {
     workload: Workload,
     id: Option<u64>,
+    /// As the kernel's record has them.
     attached: Vec<IpAddr>,
+    /// Attached by this agent, not only pinned by an earlier one.
+    live: bool,
     straight: bool,
 }
 
@@ -116,7 +117,9 @@ struct Test {
     policies: Vec<AuthorizationPolicy>,
     peers: Vec<PeerAuthentication>,
     gaps: Vec<Option<&'static str>>,
-    captured: HashSet<Arc<str>>,
+    /// Whether they can take the lane.
+    captured: BTreeMap<Arc<str>, bool>,
+    inherited: HashSet<Arc<str>>,
     proven: HashSet<(u64, u64)>,
     asked: Vec<super::super::table::Unproven>,
     learnt: BTreeSet<(Arc<str>, Arc<str>, u16)>,
@@ -142,7 +145,8 @@ impl Test {
             policies: Vec::new(),
             peers: Vec::new(),
             gaps: Vec::new(),
-            captured: HashSet::new(),
+            captured: BTreeMap::new(),
+            inherited: HashSet::new(),
             proven: HashSet::new(),
             asked: Vec::new(),
             learnt: BTreeSet::new(),
@@ -176,7 +180,7 @@ impl Test {
             service_account: app.into(),
             ..Workload::named(namespace, &format!("{app}-{}", self.made))
         };
-        self.pods[at] = Some(Pod { workload, id: None, attached: Vec::new(), straight: true });
+        self.pods[at] = Some(Pod { workload, id: None, attached: Vec::new(), live: false, straight: true });
     }
 
     /// Brings the kernel's record of the pod up to date.
@@ -190,6 +194,7 @@ impl Test {
             pod.id = Some(self.made);
         }
         pod.attached.clone_from(&pod.workload.addresses);
+        pod.live = true;
         self.residents();
     }
 
@@ -201,28 +206,31 @@ impl Test {
                 id: WorkloadId(pod.id?),
                 slot: u32::try_from(slot).unwrap(),
                 addresses: pod.attached.clone(),
-                lane: if pod.straight { Ok(()) } else { Err(LaneFault::Probe("on purpose".into())) },
+                attestable: true,
             })
         };
-        self.kernel.inner().residents = self.pods.iter().enumerate().filter_map(resident).collect();
+        let pinned: Vec<_> = self.pods.iter().enumerate().filter_map(resident).collect();
+        let live = |pod: &&ResidentPod| self.by_id(pod.id.0).is_some_and(|pod| pod.live);
+        let residents = pinned.iter().filter(live).cloned().collect();
+        let mut kernel = self.kernel.inner();
+        (kernel.residents, kernel.pinned) = (residents, pinned);
     }
 
     /// As a keeper tells of it: only of a pod that is attached.
     fn capture(&mut self, at: usize, proven: bool) {
-        let Some(uid) = self.pods[at].as_ref().filter(|pod| pod.id.is_some()).map(|pod| pod.workload.uid.clone())
-        else {
-            return;
-        };
-        self.tell(&uid, proven);
+        let Some(pod) = self.pods[at].as_ref().filter(|pod| pod.live || !proven && pod.id.is_some()) else { return };
+        let (uid, straight) = (pod.workload.uid.clone(), pod.straight);
+        self.tell(&uid, proven.then_some(straight));
     }
 
-    fn tell(&mut self, uid: &Arc<str>, proven: bool) {
-        if proven {
-            self.captured.insert(Arc::clone(uid));
-        } else {
-            self.captured.remove(uid);
-        }
-        self.table.capture(uid, proven);
+    fn tell(&mut self, uid: &Arc<str>, proof: Option<bool>) {
+        self.inherited.remove(uid);
+        match proof {
+            Some(straight) => self.captured.insert(Arc::clone(uid), straight),
+            None => self.captured.remove(uid),
+        };
+        let fault = || LaneFault::Probe("on purpose".into());
+        self.table.capture(uid, proof.map(|straight| if straight { Ok(()) } else { Err(fault()) }));
     }
 
     fn learn(&mut self, misses: &[(usize, usize, u16)]) {
@@ -262,7 +270,9 @@ impl Test {
         let rules = Arc::new(Rulebook::compile(&snapshot));
         (self.snapshot, self.rules) = (Arc::clone(&snapshot), Arc::clone(&rules));
         let there = |uid: &Arc<str>| snapshot.workloads.contains_key(uid);
-        self.captured.retain(there);
+        let enrolled = |uid: &Arc<str>| snapshot.workloads.get(uid).is_some_and(|workload| workload.enrolled);
+        self.captured.retain(|uid, _| there(uid) && (enrolled(uid) || !self.inherited.contains(uid)));
+        self.inherited.retain(enrolled);
         self.learnt.retain(|(from, to, _)| there(from) && there(to));
         self.kernel.inner().done.clear();
         let mut table = std::mem::replace(&mut self.table, Table::new(self.kernel.clone(), trust_domain(), "".into()));
@@ -289,11 +299,17 @@ impl Test {
             let uid =
                 |id: u64| self.pods.iter().flatten().find(|pod| pod.id == Some(id)).map(|pod| pod.workload.uid.clone());
             if let (Some(from), Some(to)) = (uid(pair.source), uid(pair.destination)) {
-                self.captured.extend([Arc::clone(&from), Arc::clone(&to)]);
+                self.captured.extend([(Arc::clone(&from), true), (Arc::clone(&to), true)]);
                 self.proven.insert((pair.source, pair.destination));
                 self.learnt.insert((from, to, pair.port));
             }
         }
+        for pod in self.pods.iter_mut().flatten() {
+            pod.live = false;
+        }
+        self.residents();
+        self.inherited =
+            self.pods.iter().flatten().filter(|pod| pod.id.is_some()).map(|pod| pod.workload.uid.clone()).collect();
         self.table = Table::new(self.kernel.clone(), trust_domain(), "node-1".into());
         self.change();
     }
@@ -307,9 +323,9 @@ impl Test {
     fn expected(&self, from: &Pod, to: &Pod, port: u16) -> Option<Result<(), Denial>> {
         let may = |pod: &Pod| {
             let workload = self.snapshot.workloads.get(&pod.workload.uid)?;
-            let on = workload.enrolled && workload.same_node == SameNode::Kernel && pod.straight;
+            let on = workload.enrolled && workload.same_node == SameNode::Kernel;
             let addresses: BTreeSet<IpAddr> = workload.addresses.iter().chain(&pod.attached).copied().collect();
-            (on && self.captured.contains(&pod.workload.uid)).then(|| (Arc::clone(workload), addresses))
+            (on && self.captured.get(&pod.workload.uid) == Some(&true)).then(|| (Arc::clone(workload), addresses))
         };
         let ((source, own), (destination, others)) = (may(from)?, may(to)?);
         let allowed_port = ![0, 15_001, 15_006, 15_008].contains(&port);
@@ -482,8 +498,7 @@ impl Test {
                 if let Some(pod) = &mut self.pods[at] {
                     pod.straight = straight;
                 }
-                // Capture measures that while it attaches or proves, and the keeper tells of it.
-                self.residents();
+                // Measured with each proof.
                 self.capture(at, true);
                 "straight"
             }
@@ -527,7 +542,7 @@ impl Test {
         if !snapshot_first {
             // It is seen to be uncaptured before the cluster says that it is gone.
             self.pods[at] = Some(pod);
-            self.tell(&uid, false);
+            self.tell(&uid, None);
             self.sound("uncaptured");
             self.pods[at] = None;
         } else {
@@ -537,7 +552,7 @@ impl Test {
             let left =
                 self.kernel.inner().table.keys().any(|pair| [pair.source, pair.destination].map(Some).contains(&id));
             assert!(!left, "a verdict of a pod that is gone");
-            self.tell(&uid, false);
+            self.tell(&uid, None);
         }
         self.residents();
         self.change();
