@@ -38,4 +38,4 @@ pub use handle::{
 };
 pub use lane::{EndedRing, Lane, ResidentPod, WorkloadId};
 pub use path::LaneFault;
-pub use socket::{TcpHealth, tcp_health};
+pub use socket::{TcpHealth, chosen, tcp_health};

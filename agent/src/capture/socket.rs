@@ -13,7 +13,7 @@ use std::{
 };
 
 use heddle_common::{LISTENER_PORT, MARK};
-use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 
 use super::netns::Netns;
 use crate::life::limits;
@@ -134,6 +134,16 @@ pub fn path_prober(netns: &Netns, source: IpAddr) -> io::Result<(Socket, SocketA
     socket.bind(&SockAddr::from(SocketAddr::new(source, 0)))?;
     let own = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?;
     Ok((socket, own))
+}
+
+/// What the kernel chose of the Service that an accepted connection was made to: one of [`heddle_common::choice`], from the half of the mark
+/// that the rule does not look at. One system call.
+///
+/// # Errors
+/// When it is no socket.
+pub fn chosen(socket: BorrowedFd<'_>) -> io::Result<u16> {
+    let [high, low, ..] = SockRef::from(&socket).mark()?.to_be_bytes();
+    Ok(u16::from_be_bytes([high, low]))
 }
 
 /// How well TCP gets on, as the sending side sees it.

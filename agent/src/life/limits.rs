@@ -343,6 +343,8 @@ pub const CUT_WAIT: Duration = Duration::from_secs(1);
 pub const LEAVE_SETTLE: Duration = Duration::from_secs(1);
 /// How often it is looked whether a pod that leaves still has carried connections (duration).
 pub const LEAVE_LOOK: Duration = Duration::from_millis(500);
+/// Connections that wait at a socket which is there for one of them (connections): the pod's own processes may send others.
+pub const PATH_BACKLOG: i32 = 16;
 /// Pairs of pods and ports that the kernel lane remembers (pairs): as many as the kernel's table holds.
 pub const LANE_PAIRS: usize = heddle_common::MAX_VERDICTS as usize;
 /// Those of one source (pairs): a pod that tries every port of every pod drives out only its own.

@@ -7,7 +7,7 @@ use crate::{cluster::Workload, identity::SpiffeId};
 /// A connection that wants to reach an app on this node. Kept with the connection, so that it can be decided again.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// The authenticated identity of the TLS peer; `None` for plaintext.
+    /// The authenticated identity of the peer, proven by TLS or by the kernel; `None` for plaintext.
     pub principal: Option<SpiffeId>,
     /// Source address as the destination sees it.
     pub source_ip: IpAddr,

@@ -13,7 +13,7 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-use super::{Proofs, Session, Trace, meter::Wire, offer::PoolCounts};
+use super::{Proofs, Session, Trace, meter::Wire, neighbours::Neighbours, offer::PoolCounts};
 use crate::{
     capture::TcpHealth,
     cluster::{Service, Workload},
@@ -58,15 +58,15 @@ pub struct Flow {
     /// What the client connected to, as this side sees it: outbound the original destination; inbound podIP:15008 for
     /// HBONE and podIP:port for plaintext.
     pub destination: SocketAddr,
-    /// The address inside the tunnel (`:authority`), where there is one.
+    /// The address inside the tunnel (`:authority`), where there is a tunnel.
     pub hbone_target: Option<SocketAddr>,
     pub source_workload: Option<Arc<Workload>>,
-    /// Proven by TLS, or on this node by the pod's own netns (outbound).
+    /// Proven by TLS, or on this node by the pod's own netns.
     pub source_principal: Option<SpiffeId>,
     pub destination_workload: Option<Arc<Workload>>,
     pub destination_principal: Option<SpiffeId>,
     pub destination_service: Option<Arc<Service>>,
-    /// This side's span of the tunnelled connection; `None` for plaintext.
+    /// This side's span of a connection that the mesh carries from pod to pod; `None` for plaintext.
     pub trace: Option<Trace>,
     /// The TLS session that carries it; `None` for plaintext, and until there is one.
     pub session: Option<Arc<Session>>,
@@ -174,6 +174,7 @@ struct Inner {
     next: AtomicU64,
     pool: Arc<PoolCounts>,
     proofs: Arc<Proofs>,
+    neighbours: Arc<Neighbours>,
     shards: [Mutex<HashMap<u64, Arc<Connection>>>; SHARDS],
 }
 
@@ -204,6 +205,11 @@ impl Registry {
     #[must_use]
     pub fn proofs(&self) -> &Arc<Proofs> {
         &self.inner.proofs
+    }
+
+    /// The pods that are served.
+    pub(super) fn neighbours(&self) -> &Arc<Neighbours> {
+        &self.inner.neighbours
     }
 
     fn shard(&self, id: u64) -> MutexGuard<'_, HashMap<u64, Arc<Connection>>> {
@@ -279,6 +285,18 @@ impl Carried {
             }
             None => End::Failed { reason: "cancelled", response_flags: "-", detail: "closed by the agent".into() },
         }
+    }
+
+    /// How a connection ends that has two sides here and was cancelled on one of them; `reason` is what the other one calls that.
+    pub fn cut(&self, other: &Connection, reason: &'static str) -> End {
+        if other.idle.load(Ordering::Acquire) {
+            // Neither side says anything when one doesn't.
+            self.connection.idle.store(true, Ordering::Release);
+        }
+        if self.connection.cancel.is_cancelled() || self.connection.idle.load(Ordering::Acquire) {
+            return self.cancelled();
+        }
+        End::Failed { reason, response_flags: "-", detail: "the agent closed the other side of it".into() }
     }
 
     fn finish(&mut self, end: &End) {

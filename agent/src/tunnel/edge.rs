@@ -5,15 +5,17 @@
 use std::{
     future::Future,
     net::{IpAddr, SocketAddr},
+    os::fd::AsFd,
     sync::Arc,
 };
 
+use heddle_common::choice;
 use rustls_pki_types::CertificateDer;
 use tokio::net::TcpStream;
 
 use super::Program;
 use crate::{
-    capture::{self, CaptureError, Occupied},
+    capture::{self, CaptureError, Occupied, ResidentPod},
     identity::{self, Certificates, IdentityError, SpiffeId, TrustDomain},
 };
 
@@ -35,6 +37,10 @@ pub(super) trait Edge: Clone + Send + Sync + std::fmt::Debug + 'static {
         app: SocketAddr,
     ) -> impl Future<Output = Result<TcpStream, CaptureError>> + Send;
     fn occupy(&self, uid: &str, client: SocketAddr, app: SocketAddr) -> Self::Occupied;
+    /// What the kernel chose of the Service that a captured connection was made to: one of [`heddle_common::choice`].
+    fn chosen(&self, tcp: &TcpStream) -> u16;
+    /// The pod of this node (by uid) whose connection from `client` to the pod's `app` this is, where the kernel vouches for that.
+    fn attested(&self, uid: &str, client: SocketAddr, app: SocketAddr) -> Option<Arc<str>>;
 
     fn trust_domain(&self) -> &TrustDomain;
     fn client(
@@ -75,6 +81,21 @@ impl Edge for Node {
 
     fn occupy(&self, uid: &str, client: SocketAddr, app: SocketAddr) -> Occupied {
         self.capture.occupy(uid, client, app)
+    }
+
+    fn chosen(&self, tcp: &TcpStream) -> u16 {
+        // A socket that can't say is broken, and says so when it is used.
+        capture::chosen(tcp.as_fd()).unwrap_or(choice::NONE)
+    }
+
+    fn attested(&self, uid: &str, client: SocketAddr, app: SocketAddr) -> Option<Arc<str>> {
+        let lane = self.capture.lane();
+        let attestation = lane.attested(client, app)?;
+        let residents = lane.residents();
+        // What an earlier owner of the address left behind has neither id.
+        let meant = |pod: &&ResidentPod| pod.id.0 == attestation.destination && *pod.uid == *uid;
+        residents.iter().find(meant)?;
+        residents.into_iter().find(|pod| pod.id.0 == attestation.source).map(|source| source.uid)
     }
 
     fn trust_domain(&self) -> &TrustDomain {

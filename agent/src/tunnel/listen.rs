@@ -39,6 +39,7 @@ pub(super) async fn serve<E: Edge>(pod: Arc<Pod<E>>, listener: std::net::TcpList
             return;
         }
     };
+    let present = pod.shared.registry.neighbours().enter(pod.uid(), &pod.account);
     let mut view = pod.shared.cluster.clone();
     let mut snapshots_end = false;
     let mut trouble = Trouble::default();
@@ -69,6 +70,7 @@ pub(super) async fn serve<E: Edge>(pod: Arc<Pod<E>>, listener: std::net::TcpList
             () = pod.stop.cancelled() => break,
         }
     }
+    drop(present);
     // Connections whose handshake the kernel has finished would be reset with the listener.
     for _ in 0..limits::LISTEN_BACKLOG {
         match tokio::time::timeout(Duration::ZERO, listener.accept()).await {

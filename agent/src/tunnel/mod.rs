@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! listen → classify → offer  (route → balance → pool → CONNECT) ┐
+//!                   │         (        → to a pod of this node) ┤
 //!                   └ answer (TLS → target → policy → deliver)  ┴→ relay
 //! ```
 //!
@@ -23,6 +24,7 @@ mod http2;
 mod lane;
 mod listen;
 mod meter;
+mod neighbours;
 mod offer;
 mod pod;
 mod proof;
@@ -61,6 +63,7 @@ pub async fn serve(context: Context, pod: Arc<Workload>, attached: Attached, sto
         observer: context.observer,
         cluster_id: context.cluster_id,
         budget: context.budget,
+        lane: context.lane,
         node: context.node,
     };
     listen::serve(Arc::new(pod::Pod::new(edge, shared, pod, attached.token, stop)), attached.listener).await;

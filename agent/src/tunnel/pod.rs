@@ -6,7 +6,7 @@ use arc_swap::ArcSwap;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    End, Flow, Observer, Registry,
+    End, Flow, Lane, Observer, Registry,
     edge::Edge,
     offer::{Dialer, Pool},
 };
@@ -27,6 +27,7 @@ pub(super) struct Shared {
     pub observer: Arc<dyn Observer>,
     pub cluster_id: Arc<str>,
     pub budget: Budget,
+    pub lane: Arc<dyn Lane>,
     pub node: Arc<str>,
 }
 

@@ -24,7 +24,7 @@ use crate::{capture::AttachedProgram, life::limits};
 /// On the CONNECT: `1`. On its answer: a [`Witness`] as JSON.
 pub(super) const HEADER: HeaderName = HeaderName::from_static("x-heddle-proof");
 
-/// What the answering agent saw of the connection.
+/// What the destination's agent saw of the connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Witness {
     pub node: String,
@@ -111,10 +111,10 @@ pub struct Failure {
     pub detail: String,
 }
 
-/// The peer's answer to CONNECT.
+/// What the destination's side answered: to CONNECT, or as this agent itself.
 #[derive(Debug, Clone, Default)]
 pub struct Answer {
-    /// HTTP status; `None` where none came.
+    /// HTTP status of CONNECT; `None` where none came.
     pub status: Option<u16>,
     pub witness: Option<Witness>,
     /// The tunnel that CONNECT went over, also where it was refused.
@@ -224,9 +224,14 @@ fn lock(recorder: &Mutex<Answer>) -> MutexGuard<'_, Answer> {
     recorder.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Notes what the destination's side saw, where that is this agent itself.
+pub(super) fn note(recorder: &Mutex<Answer>, answer: Answer) {
+    *lock(recorder) = answer;
+}
+
 /// Notes an answer to CONNECT.
 pub(super) fn answered(recorder: &Mutex<Answer>, status: u16, headers: &HeaderMap, session: Option<&Arc<Session>>) {
-    *lock(recorder) = Answer { status: Some(status), witness: Witness::read(headers), session: session.cloned() };
+    note(recorder, Answer { status: Some(status), witness: Witness::read(headers), session: session.cloned() });
 }
 
 /// What a far agent says is read within its cap, is harmless on a terminal, and says the same when it is written again.

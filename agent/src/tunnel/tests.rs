@@ -4,6 +4,7 @@ mod abuse;
 mod budgets;
 mod carry;
 mod deadlines;
+mod local;
 mod world;
 
 use std::{collections::HashMap, sync::Arc};

@@ -44,6 +44,12 @@ impl Trace {
         Some(Self { trace_id, parent: Some(parent), ..Self::begin(sampled) })
     }
 
+    /// The other side's span, where that is this agent's too.
+    #[must_use]
+    pub fn child(&self) -> Self {
+        Self { trace_id: self.trace_id, parent: Some(self.span_id), ..Self::begin(self.sampled) }
+    }
+
     /// The value of `traceparent` that makes the peer's span a child of this one.
     #[must_use]
     pub fn traceparent(&self) -> String {
@@ -90,6 +96,9 @@ mod tests {
             let answered = Trace::join(&offered.traceparent()).unwrap();
             assert_eq!((answered.trace_id, answered.parent), (offered.trace_id, Some(offered.span_id)));
             assert_eq!((answered.sampled, offered.parent), (sampled, None));
+            let child = offered.child();
+            assert_eq!((child.trace_id, child.parent, child.sampled), (answered.trace_id, answered.parent, sampled));
+            assert_ne!(child.span_id, offered.span_id);
         }
     }
 

@@ -305,7 +305,7 @@ async fn stream<E: Edge>(
     };
     // Boxed: nearly no connection is asked.
     let witness = match request.headers().contains_key(&proof::HEADER) {
-        true => Some(Box::new(witness::of(pod, &flow).await)),
+        true => Some(Box::new(witness::of(pod, pod.uid(), &flow).await)),
         false => None,
     };
     flow.hbone_target = Some(app);
@@ -332,7 +332,7 @@ async fn stream<E: Edge>(
         _ = std::future::poll_fn(|cx| respond.poll_reset(cx)) => Err(AnswerError::ClientGone),
     };
     let (accepted, witness) = match (&delivered, witness) {
-        (Ok(_), Some(seen)) => (witness::delivered(pod, &carried, *seen), None),
+        (Ok(_), Some(seen)) => (witness::delivered(pod, &carried, *seen).header(), None),
         (_, seen) => (None, seen),
     };
     match delivered.and_then(|tcp| accept(&mut respond, accepted).map(|send| (tcp, send))) {
@@ -342,7 +342,7 @@ async fn stream<E: Edge>(
             let receive = request.into_body();
             let result =
                 relay::tunnel(tcp, send, receive, counters, pod.account.buffers(), &carried.cancel, None).await;
-            let end = ended(&carried, result, true);
+            let end = ended(&carried, &result, true);
             carried.end(&end);
         }
         Err(error) => {
@@ -374,7 +374,7 @@ async fn admit<E: Edge>(
     app: SocketAddr,
 ) -> Result<TcpStream, AnswerError> {
     let permit = permit(pod, carried)?;
-    deliver(pod, permit, client, app).await
+    deliver(pod, pod.uid(), permit, client, app).await
 }
 
 fn accept(respond: &mut SendResponse<Bytes>, witness: Option<HeaderValue>) -> Result<SendStream<Bytes>, AnswerError> {
@@ -382,7 +382,7 @@ fn accept(respond: &mut SendResponse<Bytes>, witness: Option<HeaderValue>) -> Re
 }
 
 fn refuse(respond: &mut SendResponse<Bytes>, error: &AnswerError, witness: Option<Box<Witness>>) {
-    let witness = witness.and_then(|seen| witness::refused(*seen, error));
+    let witness = witness.and_then(|seen| witness::refused(*seen, error).header());
     answer(respond, error.status(), witness);
 }
 

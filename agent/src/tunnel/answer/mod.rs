@@ -6,11 +6,16 @@ mod error;
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzzing;
 mod hbone;
+mod local;
 mod plaintext;
 mod target;
 mod witness;
 
-pub(super) use self::{hbone::hbone, plaintext::plaintext};
+pub(super) use self::{
+    hbone::hbone,
+    local::{Delivered, Refused, local},
+    plaintext::plaintext,
+};
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -37,14 +42,15 @@ fn permit<E: Edge>(pod: &Pod<E>, carried: &Carried) -> Result<Permit, AnswerErro
     Ok(policy::decide(&rules, request)?)
 }
 
-/// A connection to the app as `client`'s. It takes the permit: nothing reaches the app without one.
+/// A connection to the app of the pod `uid` as `client`'s. It takes the permit: nothing reaches the app without one.
 async fn deliver<E: Edge>(
     pod: &Pod<E>,
+    uid: &str,
     _permit: Permit,
     client: SocketAddr,
     app: SocketAddr,
 ) -> Result<TcpStream, AnswerError> {
-    match timeout(limits::CONNECT_APP, pod.edge.deliver(pod.uid(), client.ip(), app)).await {
+    match timeout(limits::CONNECT_APP, pod.edge.deliver(uid, client.ip(), app)).await {
         Ok(Ok(tcp)) => Ok(tcp),
         Ok(Err(error)) => Err(AnswerError::App { reason: error.reason(), detail: error.to_string().into() }),
         Err(_) => Err(AnswerError::AppTimeout),
@@ -59,8 +65,8 @@ fn failed(error: &AnswerError) -> End {
 }
 
 /// How a relay ended; the app's socket is its first end.
-fn ended(carried: &Carried, result: Result<(), Broken>, near_is_app: bool) -> End {
-    let (reason, response_flags) = match &result {
+pub(super) fn ended(carried: &Carried, result: &Result<(), Broken>, near_is_app: bool) -> End {
+    let (reason, response_flags) = match result {
         Ok(()) => return End::Complete,
         Err(Broken::Cancelled) => return carried.cancelled(),
         Err(Broken::Near(_)) if near_is_app => ("app_reset", "-"),
@@ -69,7 +75,7 @@ fn ended(carried: &Carried, result: Result<(), Broken>, near_is_app: bool) -> En
         Err(Broken::Budget(refusal)) => (refusal.reason(), "-"),
         Err(Broken::Lost(_)) => ("tunnel_lost", "CONNECT"),
     };
-    let detail = result.err().map(|broken| broken.to_string()).unwrap_or_default();
+    let detail = result.as_ref().err().map(|broken| broken.to_string()).unwrap_or_default();
     End::Failed { reason, response_flags, detail }
 }
 

@@ -1,4 +1,5 @@
-//! A connection to the app from outside the mesh: policy may let it in, and the app then sees the client's own address.
+//! A connection to the app without a tunnel: from outside the mesh, or from a pod of this node whose connection the kernel vouches
+//! for and had no verdict for. Policy may let it in, and the app then sees the client's own address.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -6,13 +7,15 @@ use tokio::net::TcpStream;
 
 use super::{AnswerError, deliver, ended, failed, permit};
 use crate::{
+    cluster::{SameNode, Snapshot, Workload},
+    identity::SpiffeId,
     policy::Request,
     tunnel::{
-        Direction, Flow,
+        Direction, Flow, Security,
         connections::Carried,
         edge::Edge,
         pod::{Pod, workload_at},
-        relay::{self, Broken, Counters},
+        relay::{self, Counters},
     },
 };
 
@@ -22,14 +25,20 @@ pub(crate) async fn plaintext<E: Edge>(pod: &Pod<E>, tcp: TcpStream, client: Soc
     let _occupied = pod.edge.occupy(pod.uid(), client, app);
     let snapshot = pod.shared.cluster.load();
     let destination = pod.record(&snapshot);
-    let flow = Flow {
+    let mut flow = Flow {
         source_workload: workload_at(&snapshot, client.ip()).cloned(),
         destination_workload: Some(Arc::clone(&destination)),
         ..Flow::new(Direction::Inbound, client, app)
     };
+    if let Some((source, principal)) = attested(pod, &snapshot, &destination, client, app) {
+        flow.security = Security::KernelAttested;
+        flow.source_workload = Some(source);
+        flow.source_principal = Some(principal);
+        flow.destination_principal = pod.identity(&destination).ok();
+    }
     drop(snapshot);
     let request = Request {
-        principal: None,
+        principal: flow.source_principal.clone(),
         source_ip: client.ip(),
         destination,
         destination_ip: app.ip(),
@@ -49,8 +58,8 @@ pub(crate) async fn plaintext<E: Edge>(pod: &Pod<E>, tcp: TcpStream, client: Soc
         Ok(far) => {
             carried.open();
             let counters = Counters { from_near: &carried.sent, to_near: &carried.received };
-            let result: Result<(), Broken> = relay::direct(tcp, far, counters, &carried.cancel).await;
-            let end = ended(&carried, result, false);
+            let result = relay::direct(tcp, far, &[counters], carried.cancel.cancelled()).await;
+            let end = ended(&carried, &result, false);
             carried.end(&end);
         }
         Err(error) => {
@@ -67,5 +76,29 @@ async fn admit<E: Edge>(
     app: SocketAddr,
 ) -> Result<TcpStream, AnswerError> {
     let permit = permit(pod, carried)?;
-    deliver(pod, permit, client, app).await
+    deliver(pod, pod.uid(), permit, client, app).await
+}
+
+/// The pod of this node that a connection comes from, and its identity, where the kernel vouches for that. An address alone says
+/// nothing. Where either pod asks for mutual TLS, this is not it.
+fn attested<E: Edge>(
+    pod: &Pod<E>,
+    snapshot: &Snapshot,
+    destination: &Workload,
+    client: SocketAddr,
+    app: SocketAddr,
+) -> Option<(Arc<Workload>, SpiffeId)> {
+    let eligible = |one: &&Arc<Workload>| {
+        one.enrolled && *one.node == *pod.shared.node && one.same_node == SameNode::Kernel && one.uid != destination.uid
+    };
+    // Nobody else is worth a system call.
+    workload_at(snapshot, client.ip()).filter(eligible)?;
+    if destination.same_node != SameNode::Kernel {
+        return None;
+    }
+    let uid = pod.edge.attested(pod.uid(), client, app)?;
+    let source = snapshot.workloads.get(&uid).filter(eligible)?;
+    let principal = pod.identity(source).ok()?;
+    pod.shared.lane.missed(&source.uid, &destination.uid, app.port());
+    Some((Arc::clone(source), principal))
 }

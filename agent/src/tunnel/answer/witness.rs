@@ -1,8 +1,6 @@
-//! What this side saw of a connection that is asked to prove itself, for the answer to its CONNECT.
+//! What the destination's side saw of a connection that is asked to prove itself, for the answer to its CONNECT.
 //!
 //! About the asking connection alone, and only for a peer that has proven who it is.
-
-use http::HeaderValue;
 
 use super::AnswerError;
 use crate::{
@@ -10,14 +8,14 @@ use crate::{
     tunnel::{Flow, Witness, connections::Carried, edge::Edge, pod::Pod},
 };
 
-/// Before it is decided.
-pub(super) async fn of<E: Edge>(pod: &Pod<E>, flow: &Flow) -> Witness {
+/// Of a connection to the pod `uid`, before it is decided.
+pub(super) async fn of<E: Edge>(pod: &Pod<E>, uid: &str, flow: &Flow) -> Witness {
     let identity = |id: &Option<crate::identity::SpiffeId>| id.as_ref().map(ToString::to_string).unwrap_or_default();
     let destination = flow.destination_workload.as_ref();
     let session = flow.session.as_deref();
     // A peer may ask as often as it connects; the kernel is asked for one of them at a time.
     let programs = match pod.shared.registry.proofs().turn() {
-        Some(_turn) => pod.edge.programs(pod.uid()).await,
+        Some(_turn) => pod.edge.programs(uid).await,
         None => Vec::new(),
     };
     Witness {
@@ -36,17 +34,17 @@ pub(super) async fn of<E: Edge>(pod: &Pod<E>, flow: &Flow) -> Witness {
 }
 
 /// The app has accepted it. The permit is spent by now, so policy is asked once more for the name of what allowed it.
-pub(super) fn delivered<E: Edge>(pod: &Pod<E>, carried: &Carried, witness: Witness) -> Option<HeaderValue> {
+pub(super) fn delivered<E: Edge>(pod: &Pod<E>, carried: &Carried, witness: Witness) -> Witness {
     let decided = carried.request.as_ref().map(|request| policy::decide(&pod.shared.rules.load(), request));
     let policy = match &decided {
         Some(Ok(permit)) => permit.policy().map(ToString::to_string).unwrap_or_default(),
         _ => String::new(),
     };
-    Witness { decision: "allowed".into(), policy, delivered: true, ..witness }.header()
+    Witness { decision: "allowed".into(), policy, delivered: true, ..witness }
 }
 
 /// It was refused, by policy or for another reason.
-pub(super) fn refused(witness: Witness, error: &AnswerError) -> Option<HeaderValue> {
+pub(super) fn refused(witness: Witness, error: &AnswerError) -> Witness {
     let (decision, policy) = match error {
         AnswerError::Denied(denial) => ("denied", denial.policy().map(ToString::to_string).unwrap_or_default()),
         // Only what has a permit is delivered.
@@ -54,5 +52,5 @@ pub(super) fn refused(witness: Witness, error: &AnswerError) -> Option<HeaderVal
         _ => ("", String::new()),
     };
     let (reason, detail) = (error.reason().into(), error.to_string());
-    Witness { decision: decision.into(), policy, reason, detail, ..witness }.header()
+    Witness { decision: decision.into(), policy, reason, detail, ..witness }
 }

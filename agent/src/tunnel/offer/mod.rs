@@ -21,6 +21,7 @@ pub(super) use self::{
 
 use std::{net::SocketAddr, sync::Arc};
 
+use heddle_common::choice;
 use tokio::{
     net::TcpStream,
     time::{Instant, timeout, timeout_at},
@@ -34,6 +35,7 @@ use self::{
 };
 use super::{
     Direction, End, Flow, Security, Trace,
+    answer::{self, Delivered, Refused},
     connections::Carried,
     edge::Edge,
     pod::Pod,
@@ -42,12 +44,16 @@ use super::{
 };
 use crate::{
     cluster::{Snapshot, Workload},
-    life::{budget::Held, limits},
+    life::{
+        budget::{Account, Held},
+        limits,
+    },
 };
 
 /// What a candidate was reached by.
 enum Upstream {
     Tunnel(Opened),
+    Local(Delivered),
     Plain(TcpStream, Held),
 }
 
@@ -71,7 +77,9 @@ pub(super) async fn carry<E: Edge>(pod: &Pod<E>, tcp: TcpStream, client: SocketA
     };
     flow.destination_service = route.service.clone();
     let recorder = proof.as_ref().map(Claim::recorder);
-    match reach(pod, &source, client, &route, recorder.as_ref(), &mut flow).await {
+    // Asked only of a connection to a Service that the kernel may have chosen of.
+    let chosen = if route.on_lane.is_empty() { choice::NONE } else { pod.edge.chosen(&tcp) };
+    match reach(pod, &source, client, &route, chosen, recorder.as_ref(), &mut flow).await {
         Ok(upstream) => relay_to(pod, tcp, upstream, flow, proof).await,
         Err(error) => {
             pod.failed(&flow, &failed(&error));
@@ -99,7 +107,7 @@ async fn held_route<E: Edge>(
     let deadline = Instant::now() + limits::HOLD;
     let mut view = pod.shared.cluster.clone();
     loop {
-        match route::route(snapshot, source, destination) {
+        match route::route(snapshot, &pod.shared.node, source, destination) {
             Err(OfferError::DestinationUnknown) => match timeout_at(deadline, view.next()).await {
                 Ok(Some(next)) => *snapshot = next,
                 Ok(None) | Err(_) => return Err(OfferError::DestinationUnknown),
@@ -112,21 +120,37 @@ async fn held_route<E: Edge>(
 /// Tries candidates until one is reached; `flow` then tells of that one, or of the last that failed.
 async fn reach<E: Edge>(
     pod: &Pod<E>,
-    source: &Workload,
+    source: &Arc<Workload>,
     client: SocketAddr,
     route: &Route,
+    chosen: u16,
     proof: Option<&Recorder>,
     flow: &mut Flow,
 ) -> Result<Upstream, OfferError> {
     let mut last = OfferError::DestinationUnknown;
-    for at in balance::pick(route.candidates.len(), |below| fastrand::usize(..below)) {
+    for at in balance::pick(route.candidates.len(), &route.on_lane, chosen, |below| fastrand::usize(..below)) {
         let Some(candidate) = route.candidates.get(at) else { continue };
-        describe(pod, candidate, flow);
-        let reached = match candidate.transport {
-            Transport::Tunnel => tunnel(pod, source, client, candidate, proof, flow).await.map(Upstream::Tunnel),
-            Transport::Plain => {
+        // A pod that is not served here yet answers for itself, or not at all.
+        let neighbour = match (candidate.transport, &candidate.workload) {
+            (Transport::Local, Some(workload)) => {
+                pod.shared.registry.neighbours().account(&workload.uid).map(|account| (workload, account))
+            }
+            _ => None,
+        };
+        let security = match (candidate.transport, &neighbour) {
+            (Transport::Plain, _) => Security::None,
+            (_, Some(_)) => Security::KernelAttested,
+            (_, None) => Security::MutualTls,
+        };
+        describe(pod, candidate, security, flow);
+        let reached = match (security, neighbour) {
+            (Security::KernelAttested, Some((workload, account))) => {
+                local(pod, source, client, (candidate.address, workload, &account), proof, flow).await
+            }
+            (Security::None, _) => {
                 plain(pod, source, client, candidate.address).await.map(|(far, held)| Upstream::Plain(far, held))
             }
+            _ => tunnel(pod, source, client, candidate, proof, flow).await.map(Upstream::Tunnel),
         };
         match reached {
             Err(error) if error.elsewhere() => {
@@ -139,14 +163,44 @@ async fn reach<E: Edge>(
     Err(last)
 }
 
-fn describe<E: Edge>(pod: &Pod<E>, candidate: &Candidate, flow: &mut Flow) {
-    let tunnel = candidate.transport == Transport::Tunnel;
-    flow.security = if tunnel { Security::MutualTls } else { Security::None };
-    flow.hbone_target = tunnel.then_some(candidate.address);
-    flow.trace = tunnel.then(|| Trace::begin(pod.shared.observer.sample()));
+fn describe<E: Edge>(pod: &Pod<E>, candidate: &Candidate, security: Security, flow: &mut Flow) {
+    flow.security = security;
+    flow.hbone_target = (security == Security::MutualTls).then_some(candidate.address);
+    flow.trace = security.authenticates().then(|| Trace::begin(pod.shared.observer.sample()));
     flow.destination_workload.clone_from(&candidate.workload);
-    let expected = candidate.workload.as_ref().filter(|_| tunnel);
+    let expected = candidate.workload.as_ref().filter(|_| security.authenticates());
     flow.destination_principal = expected.and_then(|workload| pod.identity(workload).ok());
+}
+
+/// To another pod of this node: decided here, as its side would, and handed to its app.
+async fn local<E: Edge>(
+    pod: &Pod<E>,
+    source: &Workload,
+    client: SocketAddr,
+    (app, destination, account): (SocketAddr, &Arc<Workload>, &Account),
+    proof: Option<&Recorder>,
+    flow: &Flow,
+) -> Result<Upstream, OfferError> {
+    if flow.source_principal.is_none() || flow.destination_principal.is_none() {
+        return Err(no_identity());
+    }
+    let from = route::source_address(client.ip(), &source.addresses, app.ip())?;
+    let arriving = Flow {
+        direction: Direction::Inbound,
+        source: SocketAddr::new(from, client.port()),
+        destination: app,
+        trace: flow.trace.as_ref().map(Trace::child),
+        ..flow.clone()
+    };
+    match answer::local(pod, destination, account, app, arriving, proof).await {
+        Ok(delivered) => Ok(Upstream::Local(delivered)),
+        Err(Refused::ByPolicy) => Err(OfferError::Denied),
+        Err(Refused::Unavailable) => Err(OfferError::Unavailable),
+    }
+}
+
+fn no_identity() -> OfferError {
+    OfferError::Identity { reason: "bad_spiffe_id", detail: "a name that makes no SPIFFE id".into() }
 }
 
 async fn tunnel<E: Edge>(
@@ -157,8 +211,6 @@ async fn tunnel<E: Edge>(
     proof: Option<&Recorder>,
     flow: &mut Flow,
 ) -> Result<Opened, OfferError> {
-    let no_identity =
-        || OfferError::Identity { reason: "bad_spiffe_id", detail: "a name that makes no SPIFFE id".into() };
     let key = Key {
         pod: Arc::clone(pod.uid()),
         own: flow.source_principal.clone().ok_or_else(no_identity)?,
@@ -209,7 +261,8 @@ async fn relay_to<E: Edge>(pod: &Pod<E>, tcp: TcpStream, upstream: Upstream, flo
             relay::tunnel(tcp, opened.send, opened.receive, counters, pod.account.buffers(), &carried.cancel, stalls)
                 .await
         }
-        Upstream::Plain(far, _held) => relay::direct(tcp, far, counters, &carried.cancel).await,
+        Upstream::Local(delivered) => return relay_local(tcp, carried, delivered).await,
+        Upstream::Plain(far, _held) => relay::direct(tcp, far, &[counters], carried.cancel.cancelled()).await,
     };
     let end = match result {
         Ok(()) => End::Complete,
@@ -217,6 +270,27 @@ async fn relay_to<E: Edge>(pod: &Pod<E>, tcp: TcpStream, upstream: Upstream, flo
         Err(broken) => broke(&broken),
     };
     carried.end(&end);
+}
+
+/// App to app; each side has its own record, and what closes one closes both.
+async fn relay_local(tcp: TcpStream, near: Carried, delivered: Delivered) {
+    let Delivered { tcp: app, carried: mut far, held: _held } = delivered;
+    far.open();
+    let counters = [&near, &far].map(|side| Counters { from_near: &side.sent, to_near: &side.received });
+    let cancelled = async {
+        tokio::select! {
+            () = near.cancel.cancelled() => {}
+            () = far.cancel.cancelled() => {}
+        }
+    };
+    let result = relay::direct(tcp, app, &counters, cancelled).await;
+    let (ours, theirs) = match &result {
+        Ok(()) => (End::Complete, End::Complete),
+        Err(Broken::Cancelled) => (near.cut(&far, "peer_reset"), far.cut(&near, "client_reset")),
+        Err(broken) => (broke(broken), answer::ended(&far, &result, false)),
+    };
+    near.end(&ours);
+    far.end(&theirs);
 }
 
 fn broke(broken: &Broken) -> End {

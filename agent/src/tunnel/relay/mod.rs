@@ -13,7 +13,7 @@ use std::{
     future::{Future, poll_fn},
     io,
     pin::{Pin, pin},
-    sync::atomic::AtomicU64,
+    sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll, ready},
 };
 
@@ -124,22 +124,25 @@ pub(super) async fn tunnel(
     result
 }
 
-/// Carries bytes between two sockets.
+/// Carries bytes between two sockets, until `cancelled`. Bytes are counted in each of the counters.
 ///
 /// # Errors
 /// When it did not end by both sides' finishing. Then both sides have been reset.
 pub(super) async fn direct(
     mut near: TcpStream,
     mut far: TcpStream,
-    counters: Counters<'_>,
-    cancel: &CancellationToken,
+    counters: &[Counters<'_>],
+    cancelled: impl Future<Output = ()>,
 ) -> Result<(), Broken> {
     let result = {
         let (near_reader, near_writer) = near.split();
         let (far_reader, far_writer) = far.split();
-        let mut up = TcpToTcp::new(near_reader, far_writer, counters.from_near);
-        let mut down = TcpToTcp::new(far_reader, near_writer, counters.to_near);
-        let mut cancelled = pin!(cancel.cancelled());
+        let count = |which: for<'a> fn(&Counters<'a>) -> &'a AtomicU64| {
+            move |moved| counters.iter().for_each(|counters| _ = which(counters).fetch_add(moved, Ordering::Relaxed))
+        };
+        let mut up = TcpToTcp::new(near_reader, far_writer, count(|counters| counters.from_near));
+        let mut down = TcpToTcp::new(far_reader, near_writer, count(|counters| counters.to_near));
+        let mut cancelled = pin!(cancelled);
         let (mut look_near, mut look_far) = (Look::default(), Look::default());
         poll_fn(|cx| {
             if cancelled.as_mut().poll(cx).is_ready() {
@@ -154,11 +157,11 @@ pub(super) async fn direct(
             if up.done && down.done {
                 return Poll::Ready(Ok(()));
             }
-            for (pump, look, side) in [
-                (&up, &mut look_near, Broken::Near as fn(io::Error) -> Broken),
-                (&down, &mut look_far, Broken::Far as fn(io::Error) -> Broken),
+            for (still, socket, look, side) in [
+                (up.done || up.blocked, up.socket(), &mut look_near, Broken::Near as fn(io::Error) -> Broken),
+                (down.done || down.blocked, down.socket(), &mut look_far, Broken::Far as fn(io::Error) -> Broken),
             ] {
-                if pump.done || pump.blocked { look.poll(cx, pump.socket()).map_err(side)? } else { look.stop() }
+                if still { look.poll(cx, socket).map_err(side)? } else { look.stop() }
             }
             Poll::Pending
         })

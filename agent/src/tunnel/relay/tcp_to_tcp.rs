@@ -3,7 +3,6 @@
 use std::{
     io,
     pin::Pin,
-    sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll, ready},
 };
 
@@ -35,19 +34,20 @@ impl Side {
 }
 
 #[derive(Debug)]
-pub(super) struct TcpToTcp<'a> {
+pub(super) struct TcpToTcp<'a, Count> {
     input: TcpIn<'a>,
     output: WriteHalf<'a>,
     chunk: Bytes,
-    counter: &'a AtomicU64,
+    /// Told of bytes as they are handed on.
+    count: Count,
     /// The output takes nothing now.
     pub blocked: bool,
     pub done: bool,
 }
 
-impl<'a> TcpToTcp<'a> {
-    pub fn new(input: ReadHalf<'a>, output: WriteHalf<'a>, counter: &'a AtomicU64) -> Self {
-        Self { input: TcpIn::new(input), output, chunk: Bytes::new(), counter, blocked: false, done: false }
+impl<'a, Count: Fn(u64)> TcpToTcp<'a, Count> {
+    pub fn new(input: ReadHalf<'a>, output: WriteHalf<'a>, count: Count) -> Self {
+        Self { input: TcpIn::new(input), output, chunk: Bytes::new(), count, blocked: false, done: false }
     }
 
     /// The socket that is read.
@@ -71,7 +71,7 @@ impl<'a> TcpToTcp<'a> {
             let written = Pin::new(&mut self.output).poll_write(cx, &self.chunk);
             self.blocked = written.is_pending();
             let written = ready!(written).map_err(Side::Output)?;
-            self.counter.fetch_add(written as u64, Ordering::Relaxed);
+            (self.count)(written as u64);
             self.chunk.advance(written);
             if turn.over(written, cx) {
                 return Poll::Pending;

@@ -39,7 +39,7 @@ async fn from(source: IpAddr, to: SocketAddr) -> TcpStream {
 }
 
 /// Another address of the world's subnet.
-fn neighbour(world: &World, host: u8) -> IpAddr {
+pub fn neighbour(world: &World, host: u8) -> IpAddr {
     let IpAddr::V4(address) = world.a.address else { unreachable!() };
     let [one, two, three, _] = address.octets();
     [one, two, three, host].into()

@@ -20,7 +20,7 @@ use crate::{
 
 const MIB: usize = 1 << 20;
 
-fn pattern(seed: u64, length: usize) -> Vec<u8> {
+pub fn pattern(seed: u64, length: usize) -> Vec<u8> {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut bytes = vec![0; length];
     random.fill(&mut bytes);
@@ -50,19 +50,25 @@ pub async fn ping(tcp: &mut TcpStream) -> std::io::Result<Duration> {
     Ok(began.elapsed())
 }
 
-/// A world whose policies are written in YAML.
-fn deny(world: &World, policy: &str) {
-    let mut snapshot = Snapshot::default();
+/// The world's cluster, to be changed.
+pub fn cluster(world: &World) -> Snapshot {
     let old = world.snapshots.borrow().clone();
-    snapshot.workloads.clone_from(&old.workloads);
-    snapshot.by_address.clone_from(&old.by_address);
-    snapshot.by_cluster_address.clone_from(&old.by_cluster_address);
-    snapshot.root_namespace = old.root_namespace.clone();
-    snapshot.authorization_policies = vec![Arc::new(serde_saphyr::from_str(policy).unwrap())];
-    world.rules.store(Arc::new(Rulebook::compile(&snapshot)));
+    Snapshot {
+        workloads: old.workloads.clone(),
+        by_address: old.by_address.clone(),
+        by_cluster_address: old.by_cluster_address.clone(),
+        root_namespace: old.root_namespace.clone(),
+        ..Snapshot::default()
+    }
 }
 
-const DENY_A: &str = "
+/// A world whose policies are written in YAML.
+pub fn deny(world: &World, policy: &str) {
+    let authorization_policies = vec![Arc::new(serde_saphyr::from_str(policy).unwrap())];
+    world.rules.store(Arc::new(Rulebook::compile(&Snapshot { authorization_policies, ..cluster(world) })));
+}
+
+pub const DENY_A: &str = "
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: no-a, namespace: default}
@@ -129,7 +135,7 @@ async fn a_tunnels_wire_carries_the_apps_bytes_and_more_and_the_pool_counts_its_
     assert!(health.rtt > 0 && health.segments > 0, "{health:?}");
 }
 
-async fn exchange(tcp: TcpStream, data: Vec<u8>) -> Vec<u8> {
+pub async fn exchange(tcp: TcpStream, data: Vec<u8>) -> Vec<u8> {
     let (mut reader, mut writer) = tcp.into_split();
     let send = tokio::spawn(async move {
         writer.write_all(&data).await.unwrap();

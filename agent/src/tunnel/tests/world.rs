@@ -4,6 +4,7 @@
 //! destination that a test uses. The app listens at its port plus 10,000, because the listener has the true one.
 
 use std::{
+    collections::HashMap,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{
         Arc, Mutex,
@@ -32,7 +33,7 @@ use crate::{
     life::budget::{Budget, Machine},
     policy::Rulebook,
     tunnel::{
-        Connection, Direction, End, Flow, Observer, Program, Registry, Wire,
+        Connection, Direction, End, Flow, Lane, Observer, Program, Registry, Wire,
         edge::Edge,
         listen,
         pod::{Pod, Shared},
@@ -100,6 +101,11 @@ pub struct Loopback {
     serial: Arc<str>,
     /// Client addresses that delivery was asked for.
     pub delivered_for: Arc<Mutex<Vec<(IpAddr, SocketAddr)>>>,
+    /// What the kernel is said to have chosen of a Service.
+    pub chosen: Arc<AtomicU16>,
+    /// Whose connections, by source port, the kernel is said to vouch for, and how often it was asked.
+    pub attested: Arc<Mutex<HashMap<u16, Arc<str>>>>,
+    pub asked: Arc<AtomicU16>,
 }
 
 impl Loopback {
@@ -126,7 +132,16 @@ impl Loopback {
             .unwrap();
         server.alpn_protocols = vec![b"h2".to_vec()];
         let (client, server) = (Arc::new(client), Arc::new(server));
-        Self { trust_domain, client, server, serial, delivered_for: Arc::default() }
+        Self {
+            trust_domain,
+            client,
+            server,
+            serial,
+            delivered_for: Arc::default(),
+            chosen: Arc::default(),
+            attested: Arc::default(),
+            asked: Arc::default(),
+        }
     }
 
     pub fn tls(&self) -> Arc<rustls::ClientConfig> {
@@ -163,6 +178,15 @@ impl Edge for Loopback {
     }
 
     fn occupy(&self, _: &str, _: SocketAddr, _: SocketAddr) {}
+
+    fn chosen(&self, _: &TcpStream) -> u16 {
+        self.chosen.load(Ordering::Relaxed)
+    }
+
+    fn attested(&self, _: &str, client: SocketAddr, _: SocketAddr) -> Option<Arc<str>> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        self.attested.lock().unwrap().get(&client.port()).cloned()
+    }
 
     fn trust_domain(&self) -> &TrustDomain {
         &self.trust_domain
@@ -272,8 +296,22 @@ impl Served {
     }
 }
 
+const MACHINE: Machine = Machine { descriptors: 20_000, memory: 1 << 34 };
+
+/// Who connected to whom without a verdict.
+#[derive(Debug, Default)]
+pub struct Missed(pub Mutex<Vec<(Arc<str>, Arc<str>, u16)>>);
+
+impl Lane for Missed {
+    fn missed(&self, source: &Arc<str>, destination: &Arc<str>, port: u16) {
+        self.0.lock().unwrap().push((source.clone(), destination.clone(), port));
+    }
+}
+
 /// Client pod `a`, server pod `b`.
 pub struct World {
+    /// What the lane was told.
+    pub lane: Arc<Missed>,
     pub a: Served,
     pub b: Served,
     pub vip: SocketAddr,
@@ -292,15 +330,21 @@ impl World {
     /// On nodes of this size.
     pub fn on(machine: Machine) -> Self {
         let authority = Authority::new();
-        Self::of(&authority, &authority, machine)
+        Self::of(&authority, &authority, machine, false)
+    }
+
+    /// Both pods served by one agent, whose records are then the same.
+    pub fn together() -> Self {
+        let authority = Authority::new();
+        Self::of(&authority, &authority, MACHINE, true)
     }
 
     /// `b` has its certificate from, and trusts, `other`.
     pub fn trusting(authority: &Arc<Authority>, other: &Authority) -> Self {
-        Self::of(authority, other, Machine { descriptors: 20_000, memory: 1 << 34 })
+        Self::of(authority, other, MACHINE, false)
     }
 
-    fn of(authority: &Arc<Authority>, other: &Authority, machine: Machine) -> Self {
+    fn of(authority: &Arc<Authority>, other: &Authority, machine: Machine, together: bool) -> Self {
         let ([high, low], claim) = subnet();
         let at = |host: u8| IpAddr::V4(Ipv4Addr::new(127, 100 + high, low, host));
         let (a, b, vip) = (at(1), at(2), at(100));
@@ -323,9 +367,11 @@ impl World {
         let snapshot = snapshot(&records, &[service]);
         let rules = Arc::new(ArcSwap::from_pointee(Rulebook::compile(&snapshot)));
         let (snapshots, receiver) = watch::channel(Arc::new(snapshot));
+        let lane = Arc::new(Missed::default());
+        let agent = || (Arc::new(Record::default()), Registry::default(), Budget::new(machine));
+        let one = agent();
         let served = |record: &Arc<Workload>, edge: Loopback| {
-            let observer = Arc::new(Record::default());
-            let registry = Registry::default();
+            let (observer, registry, budget) = if together { one.clone() } else { agent() };
             let stop = CancellationToken::new();
             let shared = Shared {
                 cluster: View::new(receiver.clone()),
@@ -333,7 +379,8 @@ impl World {
                 registry: registry.clone(),
                 observer: observer.clone(),
                 cluster_id: "Kubernetes".into(),
-                budget: Budget::new(machine),
+                budget,
+                lane: lane.clone(),
                 node: "node-1".into(),
             };
             let pod = Pod::new(edge, shared, record.clone(), ProbeToken([7; 16]), stop.clone());
@@ -341,6 +388,7 @@ impl World {
             Served { address, record: record.clone(), pod: Arc::new(pod), observer, registry, stop }
         };
         let world = Self {
+            lane: lane.clone(),
             a: served(&records[0], Loopback::new(authority, authority, "a", a)),
             b: served(&records[1], Loopback::new(other, other, "b", b)),
             vip: (vip, PORT).into(),
