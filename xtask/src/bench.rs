@@ -21,6 +21,9 @@ pub struct Options {
     /// One round of a second each: shows that it works, the figures mean nothing
     #[arg(long)]
     quick: bool,
+    /// Measures what each hook of the kernel lane costs by itself, and nothing else
+    #[arg(long)]
+    hooks: bool,
     /// Prints the names of all rows and measures nothing
     #[arg(long)]
     list: bool,
@@ -40,6 +43,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         bench.args(["--rounds", &rounds.to_string()]);
     }
     bench.args(options.quick.then_some("--quick")).args(options.list.then_some("--list"));
+    bench.args(options.hooks.then_some("--hooks"));
     if !options.rows.is_empty() {
         bench.arg("--rows").args(&options.rows);
     }
