@@ -107,6 +107,8 @@ fn attested(tuple: &Tuple) -> Attested {
                 Some(found) if found.action == verdict::ALLOW => Attested::Yes,
                 Some(found) if found.action == verdict::DENY => {
                     maps::count_denial(found.counter);
+                    // Told of as denied, it is not to be told of as refused when its socket closes.
+                    let _gone_already = maps::ATTESTED.remove(tuple);
                     Attested::Denied
                 }
                 _ => Attested::Undecided,

@@ -13,7 +13,7 @@ use std::{
 
 use aya::maps::{MapData, RingBuf};
 use heddle_common::{
-    Attestation, Ended, LocalEndpoints, MAX_DENIALS, Pair, ServicePort, Tuple, Verdict, attested_by, maps,
+    Attestation, Ended, LocalEndpoints, MAX_DENIALS, Pair, ServicePort, Tuple, Verdict, attested_by, maps, side,
 };
 use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
@@ -122,9 +122,10 @@ impl Lane {
         Ok(all)
     }
 
-    /// Who the kernel says connects from `client` to the pod's `app`, if it says anything.
+    /// Who the kernel says connects from `client` to the pod's `app`, if it says anything. The connection has come to the agent
+    /// for want of a verdict: it is the agent's from now on, so its entry is taken out.
     #[must_use]
-    pub fn attested(&self, client: SocketAddr, app: SocketAddr) -> Option<Attestation> {
+    pub fn take_attested(&self, client: SocketAddr, app: SocketAddr) -> Option<Attestation> {
         let tuple = Tuple {
             source: key(client.ip()),
             destination: key(app.ip()),
@@ -132,7 +133,11 @@ impl Lane {
             destination_port: app.port(),
             padding: 0,
         };
-        self.node.maps.attested(&tuple).filter(|attestation| attestation.by == attested_by::KERNEL)
+        // One whose handshake the app has completed is not this one.
+        let waits = |by: &Attestation| by.by == attested_by::KERNEL && by.destination_state & side::ESTABLISHED == 0;
+        let attestation = self.node.maps.attested(&tuple).filter(waits)?;
+        self.node.maps.remove_attested(&tuple);
+        Some(attestation)
     }
 
     /// Closes connections at both ends. Gives how many were open.

@@ -140,6 +140,14 @@ impl Maps {
         self.attested.lock().unwrap_or_else(PoisonError::into_inner).get(tuple, 0).ok()
     }
 
+    /// Takes the entry of one connection out.
+    pub fn remove_attested(&self, tuple: &Tuple) {
+        let mut attested = self.attested.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = ignore_absent(attested.remove(tuple)) {
+            tracing::warn!(%error, ?tuple, "an attested connection could not be taken out of the kernel's table");
+        }
+    }
+
     /// Every attested connection, read bucket by bucket: an entry that is there throughout is not missed.
     pub fn all_attested(&self) -> Result<Vec<(Tuple, Attestation)>, CaptureError> {
         let map = kernel::open_pin(&self.attested_pin).map_err(unread(maps::ATTESTED))?;
@@ -240,10 +248,7 @@ pub struct Attested<'a> {
 
 impl Drop for Attested<'_> {
     fn drop(&mut self) {
-        let mut attested = self.maps.attested.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = ignore_absent(attested.remove(&self.tuple)) {
-            tracing::warn!(%error, tuple = ?self.tuple, "an attested connection could not be taken out of the kernel's table");
-        }
+        self.maps.remove_attested(&self.tuple);
     }
 }
 

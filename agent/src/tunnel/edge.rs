@@ -90,7 +90,7 @@ impl Edge for Node {
 
     fn attested(&self, uid: &str, client: SocketAddr, app: SocketAddr) -> Option<Arc<str>> {
         let lane = self.capture.lane();
-        let attestation = lane.attested(client, app)?;
+        let attestation = lane.take_attested(client, app)?;
         let residents = lane.residents();
         // What an earlier owner of the address left behind has neither id.
         let meant = |pod: &&ResidentPod| pod.id.0 == attestation.destination && *pod.uid == *uid;

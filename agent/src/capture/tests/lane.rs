@@ -305,3 +305,62 @@ async fn a_full_table_a_foreign_mark_and_a_foreign_address_lead_to_the_agent() {
     attested.remove(&nobody(0)).unwrap();
     assert_eq!(pods.call(to, 0).await.unwrap().read, ANSWER);
 }
+
+/// A verdict that goes between the connect() and the SYN can't be timed, so the entry is made by hand: what `observe` writes.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attested_syn_without_a_verdict_is_the_agents_who_knows_whose_it_is() {
+    if !can_run("an_attested_syn_without_a_verdict_is_the_agents_who_knows_whose_it_is") {
+        return;
+    }
+    let pods = Pair2::start().await;
+    let (from, to) = (SocketAddr::new(POD4, 40_000), SocketAddr::new(OUT4, PORT));
+    let tuple = heddle_common::Tuple {
+        source: key(from.ip()),
+        destination: key(to.ip()),
+        source_port: from.port(),
+        destination_port: to.port(),
+        padding: 0,
+    };
+    let attestation = heddle_common::Attestation {
+        by: attested_by::KERNEL,
+        source: pods.near.id.0,
+        destination: pods.far.id.0,
+        ..heddle_common::Attestation::by_agent(pods.far.slot)
+    };
+    let attest = |attestation| {
+        // It stays: the kernel's entries are nobody's to drop.
+        std::mem::forget(pods.handle.node().maps.attest(tuple, attestation).unwrap());
+    };
+    let near = World::netns(&pods.world.pod_ns());
+    let connect = move || super::world::connect_in(&near, Some(from), to);
+    // From the agent's own cgroup, so that nothing is written beside it.
+    attest(attestation);
+    let connect = std::sync::Arc::new(connect);
+    let dial = || {
+        let connect = std::sync::Arc::clone(&connect);
+        beside(move || connect())
+    };
+    let mut stream = dial().await.unwrap();
+    assert_eq!(&super::world::greeting(&mut stream).unwrap(), super::world::FROM_AGENT);
+    let known = pods.lane.take_attested(from, to).unwrap();
+    assert_eq!((known.source, known.destination), (pods.near.id.0, pods.far.id.0));
+    assert!(pods.lane.take_attested(from, to).is_none(), "once");
+    drop(stream);
+    // With a verdict of denial: reset at once, counted, and nothing is left of it.
+    attest(attestation);
+    pods.decide(verdict::DENY);
+    assert_eq!(dial().await.unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
+    assert_eq!(pods.lane.denial(7).unwrap(), 1);
+    assert!(pods.lane.connections().unwrap().is_empty());
+    // Of a connection that its app has taken already, and of a pod that had the address before: nobody's.
+    pods.decide(verdict::ALLOW);
+    for other in [
+        heddle_common::Attestation { destination_state: side::ESTABLISHED, ..attestation },
+        heddle_common::Attestation { destination: pods.far.id.0 ^ 1, ..attestation },
+    ] {
+        attest(other);
+        let mut stream = dial().await.unwrap();
+        assert_eq!(&super::world::greeting(&mut stream).unwrap(), super::world::FROM_AGENT);
+        pods.handle.node().maps.remove_attested(&tuple);
+    }
+}
