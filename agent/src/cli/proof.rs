@@ -9,7 +9,7 @@ use super::{
 use crate::{
     life::{
         limits,
-        proof::{Near, Report, Verdict},
+        proof::{Near, OnLane, Report, Verdict},
     },
     tunnel::{Program, Witness},
 };
@@ -51,7 +51,7 @@ impl Args {
 }
 
 pub(super) fn text(report: &Report) -> String {
-    let Report { summary, from, to, address, near, far, bytes, policy, allowed, .. } = report;
+    let Report { summary, from, to, address, near, lane, far, bytes, policy, allowed, .. } = report;
     let mut text = String::new();
     let mut line = |name: &str, value: &str| {
         if !value.is_empty() {
@@ -63,11 +63,14 @@ pub(super) fn text(report: &Report) -> String {
     line("from", &format!("{} ({}{})", from.pod, from.state, reason(&from.detail)));
     line("to", &format!("{to} at {address}"));
     line("captured by", &programs(&from.programs));
-    match near {
-        None => line("near side", "the agent did not see the connection"),
-        Some(near) => of_near(near, &mut line),
+    match (near, lane) {
+        (Some(near), _) => of_near(near, &mut line),
+        (None, Some(lane)) => of_lane(lane, &mut line),
+        (None, None) => line("near side", "the agent did not see the connection"),
     }
     match far {
+        // The kernel is both sides.
+        None if lane.is_some() => {}
         None => line("far side", "does not say"),
         Some(far) => of_far(far, &mut line),
     }
@@ -79,7 +82,7 @@ pub(super) fn text(report: &Report) -> String {
         }
     };
     line("policy", &decision);
-    if near.is_some() {
+    if near.is_some() || lane.is_some() {
         line("bytes", &format!("{} to the app, {} back", bytes.to_app, bytes.to_client));
     }
     if bytes.tunnel_sent > 0 {
@@ -96,6 +99,10 @@ fn of_near(near: &Near, line: &mut impl FnMut(&str, &str)) {
         line("  client", &format!("{} certificate {}", near.client_identity, near.client_serial));
         line("  server", &format!("{} certificate {}", near.server_identity, near.server_serial));
         line("  answer", &status.map(|status| status.to_string()).unwrap_or_default());
+    } else if near.security == "kernel_attested" {
+        line("near side", &format!("attested by the kernel, in one crossing of the agent, from {client} to {pod}"));
+        line("  client", &near.client_identity);
+        line("  server", &near.server_identity);
     } else if reason.is_empty() {
         line("near side", &format!("plain from {client} to {pod}"));
     }
@@ -104,11 +111,30 @@ fn of_near(near: &Near, line: &mut impl FnMut(&str, &str)) {
     }
 }
 
+fn of_lane(lane: &OnLane, line: &mut impl FnMut(&str, &str)) {
+    let OnLane { kernel, client, pod, address, .. } = lane;
+    let done = match &**kernel {
+        "carries" => "carried by the kernel alone",
+        "let_out" => "let out by the kernel, and not taken by the other side",
+        "refused" => "refused by the kernel",
+        "would_carry" => "left to the kernel alone, and not accepted",
+        other => other,
+    };
+    line("kernel lane", &format!("{done}, from {client} to {pod} at {address}"));
+    line("  client", &lane.client_identity);
+    line("  server", &lane.server_identity);
+    line("  taken in by", &programs(&lane.programs));
+}
+
 fn of_far(far: &Witness, line: &mut impl FnMut(&str, &str)) {
     let Witness { node, pod, client, tls, cipher, decision, reason, detail, delivered, .. } = far;
-    line("far side", &format!("agent of {node} for {pod}: tunnel from {client}, {tls} {cipher}"));
-    line("  client", &format!("{} certificate {}", far.client_identity, far.client_serial));
-    line("  server", &format!("{} certificate {}", far.server_identity, far.server_serial));
+    if tls.is_empty() {
+        line("far side", &format!("the same agent, of {node}, for {pod}"));
+    } else {
+        line("far side", &format!("agent of {node} for {pod}: tunnel from {client}, {tls} {cipher}"));
+        line("  client", &format!("{} certificate {}", far.client_identity, far.client_serial));
+        line("  server", &format!("{} certificate {}", far.server_identity, far.server_serial));
+    }
     line("  captured by", &programs(&far.programs));
     let outcome = match (&**decision, *delivered) {
         (_, true) => "allowed and accepted by the app".to_owned(),

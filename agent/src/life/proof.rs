@@ -4,6 +4,7 @@
 //! nothing: the connection is captured, decided and carried like any other.
 
 mod conclude;
+mod lane;
 #[cfg(test)]
 mod tests;
 
@@ -15,16 +16,21 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::Mutex,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
 use self::conclude::{Facts, conclude};
-pub use self::conclude::{Near, Report, Source, Verdict};
+pub use self::conclude::{Near, OnLane, Report, Source, Verdict};
+use self::{
+    conclude::{Kernel, Lane},
+    lane::Ahead,
+};
 use super::limits;
 use crate::{
-    capture::{self, Caller},
+    capture::{Caller, CaptureError},
     cluster::{Snapshot, Workload},
-    policy::{QuestionError, find_pod},
+    identity::SpiffeId,
+    policy::{self, QuestionError, find_pod},
     telemetry::PodReport,
     tunnel::{Context, Expected, Program},
 };
@@ -132,7 +138,8 @@ impl Prover {
             Err(error) => return facts.trouble = Some(format!("no process could be started in the pod: {error}")),
         };
         let mut expected = context.registry.proofs().expect(&from.uid, caller.port());
-        let watched = timeout_at(deadline, watch(&mut caller, &mut expected, say, facts)).await;
+        let ahead = Node { context, from, ahead: self.ahead(context, from, to).await };
+        let watched = timeout_at(deadline, watch(&mut caller, &mut expected, say, &ahead, facts)).await;
         facts.arrived = expected.arrived();
         match watched {
             Ok(Ok(())) => {}
@@ -142,6 +149,94 @@ impl Prover {
         facts.note_bytes();
         caller.end().await;
     }
+
+    /// What the kernel may do with the connection by itself.
+    async fn ahead(&self, context: &Context, from: &Arc<Workload>, to: SocketAddr) -> Option<Ahead> {
+        let (kernel, snapshot) = (context.capture.lane(), context.cluster.load());
+        let (node, from) = (Arc::clone(&context.node), Arc::clone(from));
+        asked(move || Ahead::of(&kernel, &snapshot, &node, &from, to)).await
+    }
+}
+
+/// Walks a table of the kernel's. What can't be read is not known, and the log says why.
+async fn asked<T: Send + 'static>(ask: impl FnOnce() -> Result<Option<T>, CaptureError> + Send + 'static) -> Option<T> {
+    match tokio::task::spawn_blocking(ask).await {
+        Ok(Ok(known)) => known,
+        Ok(Err(error)) => {
+            tracing::warn!(reason = error.reason(), %error, "A proof can't read the kernel lane's tables");
+            None
+        }
+        // The runtime ends.
+        Err(_) => None,
+    }
+}
+
+/// This node's kernel, as the proof of one connection asks it.
+struct Node<'a> {
+    context: &'a Context,
+    from: &'a Arc<Workload>,
+    ahead: Option<Ahead>,
+}
+
+impl Node<'_> {
+    /// What the kernel does at this moment with the connection from the source's port.
+    async fn carries(&self, port: u16) -> Option<Lane> {
+        let (ahead, kernel) = (self.ahead.as_ref()?, self.context.capture.lane());
+        let deadline = Instant::now() + limits::PROOF_ARRIVAL;
+        let mut found = ahead.carried(&kernel, port)?;
+        // The other side's handshake ends a moment after this one's.
+        while !found.established && Instant::now() < deadline {
+            sleep(limits::WATCH_INTERVAL).await;
+            found = ahead.carried(&kernel, port)?;
+        }
+        let done = if found.established { Kernel::Carries } else { Kernel::LetOut };
+        Some(self.lane(done, found.client, found.app, &found.pod).await)
+    }
+
+    /// What the kernel did with a connection that came neither to the agent nor, with this error, to the app.
+    async fn stopped(&self, port: u16, error: &str) -> Option<Lane> {
+        let (ahead, kernel) = (self.ahead.clone()?, self.context.capture.lane());
+        // An app can't answer that.
+        let by_kernel = error.ends_with(&format!("(os error {})", libc::EPERM));
+        let (done, (pod, app)) = asked(move || match ahead.refused(&kernel)? {
+            Some(refused) => Ok(Some((Kernel::Refused, refused))),
+            None if by_kernel => Ok(None),
+            None => Ok(ahead.allowed(&kernel)?.map(|allowed| (Kernel::WouldCarry, allowed))),
+        })
+        .await?;
+        let own = self.from.addresses.iter().find(|own| own.is_ipv4() == app.is_ipv4())?;
+        Some(self.lane(done, SocketAddr::new(*own, port), app, &pod).await)
+    }
+
+    async fn lane(&self, kernel: Kernel, client: SocketAddr, app: SocketAddr, pod: &Arc<Workload>) -> Lane {
+        let trust_domain = self.context.certificates.trust_domain();
+        let identity = |of: &Workload| SpiffeId::new(trust_domain, &of.namespace, &of.service_account).ok();
+        let request = policy::Request {
+            principal: identity(self.from),
+            source_ip: client.ip(),
+            destination: Arc::clone(pod),
+            destination_ip: app.ip(),
+            destination_port: app.port(),
+        };
+        let programs = match self.context.capture.programs(&pod.uid).await {
+            Ok(programs) => programs.into_iter().map(Program::from).collect(),
+            Err(error) => {
+                tracing::debug!(%error, "A pod that a proof reached is attached no more");
+                Vec::new()
+            }
+        };
+        let text = |id: Option<SpiffeId>| id.map(|id| id.to_string()).unwrap_or_default();
+        Lane {
+            kernel,
+            client,
+            app,
+            client_identity: text(request.principal.clone()),
+            server_identity: text(identity(pod)),
+            pod: format!("{}/{}", pod.namespace, pod.name),
+            programs,
+            decision: policy::decide(&self.context.rules.load(), &request).map(|permit| permit.policy().cloned()),
+        }
+    }
 }
 
 /// Has the app's stand-in connect, and waits until it is known what became of the connection.
@@ -149,18 +244,32 @@ async fn watch(
     caller: &mut Caller,
     expected: &mut Expected,
     say: &str,
+    node: &Node<'_>,
     facts: &mut Facts,
-) -> Result<(), capture::CaptureError> {
-    facts.connected = Some(caller.connect().await?);
-    facts.seen = match timeout(limits::PROOF_ARRIVAL, expected.seen()).await {
-        Ok(seen) => seen,
-        // It is with the agent, which tries to reach the peer as long as that takes.
-        Err(_) if expected.arrived() => expected.seen().await,
-        // It went past the agent.
-        Err(_) => None,
-    };
-    if !say.is_empty() && facts.connected == Some(Ok(())) {
-        caller.heard().await?;
+) -> Result<(), CaptureError> {
+    let connected = caller.connect().await?;
+    let (made, error) = (connected.is_ok(), connected.as_ref().err().cloned().unwrap_or_default());
+    facts.connected = Some(connected);
+    if made && !expected.arrived() {
+        facts.lane = node.carries(caller.port()).await;
+    }
+    if facts.lane.is_none() {
+        facts.seen = match timeout(limits::PROOF_ARRIVAL, expected.seen()).await {
+            Ok(seen) => seen,
+            // It is with the agent, which tries to reach the peer as long as that takes.
+            Err(_) if expected.arrived() => expected.seen().await,
+            // It went past the agent.
+            Err(_) => None,
+        };
+    }
+    if !made && facts.seen.is_none() && !expected.arrived() {
+        facts.lane = node.stopped(caller.port(), &error).await;
+    }
+    if !say.is_empty() && made {
+        let heard = caller.heard().await?;
+        if facts.lane.is_some() {
+            facts.note_heard(say.len(), heard);
+        }
     }
     Ok(())
 }

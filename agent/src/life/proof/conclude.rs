@@ -1,13 +1,14 @@
 //! What a proof comes to: a pure function from what was seen to a verdict, in words for people and fields for programs.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     capture::PodState,
     cluster::Workload,
-    tunnel::{Program, Seen, Witness},
+    policy::Denial,
+    tunnel::{Program, Security, Seen, Witness},
 };
 
 /// What was seen.
@@ -26,6 +27,8 @@ pub struct Facts {
     /// The connection came to the agent.
     pub arrived: bool,
     pub seen: Option<Seen>,
+    /// What the kernel did with it, where it did not come to the agent.
+    pub lane: Option<Lane>,
     bytes: Bytes,
     /// Why nothing more is known.
     pub trouble: Option<String>,
@@ -44,9 +47,15 @@ impl Facts {
             connected: None,
             arrived: false,
             seen: None,
+            lane: None,
             bytes: Bytes::default(),
             trouble: None,
         }
+    }
+
+    /// Counts as the process in the pod has them, for what came to no agent.
+    pub fn note_heard(&mut self, to_app: usize, to_client: usize) {
+        (self.bytes.to_app, self.bytes.to_client) = (to_app as u64, to_client as u64);
     }
 
     /// Counts as they are now: the connection goes away.
@@ -61,15 +70,44 @@ impl Facts {
     }
 }
 
+/// What the kernel did with a connection between two pods of this node, and what policy says of it.
+#[derive(Debug)]
+pub struct Lane {
+    pub kernel: Kernel,
+    pub client: SocketAddr,
+    pub app: SocketAddr,
+    pub client_identity: String,
+    pub server_identity: String,
+    /// `namespace/name` of the destination pod.
+    pub pod: String,
+    /// What captures the destination pod.
+    pub programs: Vec<Program>,
+    /// The deciding policy's name, or why not; by the rules in force.
+    pub decision: Result<Option<Arc<str>>, Denial>,
+}
+
+/// What was seen of the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    /// It carries the connection, and both ends have it.
+    Carries,
+    /// It let it out, and the destination has not taken it.
+    LetOut,
+    /// It refused it: its own count of that pair's denials rose.
+    Refused,
+    /// It would carry it, and connecting failed.
+    WouldCarry,
+}
+
 /// What it comes to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
-    /// Authenticated and encrypted, allowed by policy, accepted by the app.
+    /// Authenticated; encrypted, or never leaving this node; allowed by policy, accepted by the app.
     Proven,
-    /// Authenticated and encrypted, and refused by policy.
+    /// Authenticated, and refused by policy.
     Denied,
-    /// Authenticated, encrypted and allowed; the app did not accept it.
+    /// Allowed; the app did not accept it.
     AppRefused,
     /// The peer could not prove that it is who it should be, or would not believe us.
     NotAuthenticated,
@@ -102,6 +140,9 @@ pub struct Report {
     pub verdict: Verdict,
     /// The verdict in words.
     pub summary: String,
+    /// What protects it: `mutual_tls`, `kernel_attested` (both pods are on this node; nothing is encrypted, and nothing leaves it) or
+    /// `none`; empty where nobody knows.
+    pub security: String,
     pub authenticated: bool,
     pub encrypted: bool,
     /// What policy said; `null` where nobody knows.
@@ -116,6 +157,8 @@ pub struct Report {
     pub address: String,
     /// `null` where the connection did not come to the agent.
     pub near: Option<Near>,
+    /// `null` where the kernel did not carry it, nor refuse it, by itself.
+    pub lane: Option<OnLane>,
     /// What the far agent says; `null` where it says nothing.
     pub far: Option<Witness>,
     pub bytes: Bytes,
@@ -136,8 +179,10 @@ pub struct Source {
 /// What the near agent saw.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Near {
-    /// In a tunnel, or plainly.
+    /// In a tunnel, or not.
     pub tunnel: bool,
+    /// What protects it: `mutual_tls`, `kernel_attested` (both pods are on this node) or `none`.
+    pub security: String,
     /// The app's own address.
     pub client: String,
     /// The pod that was chosen, and its address.
@@ -145,7 +190,7 @@ pub struct Near {
     pub address: String,
     pub tls: String,
     pub cipher: String,
-    /// SPIFFE ids and certificates' serial numbers (lower-case hex) as TLS proved them.
+    /// SPIFFE ids as TLS or the kernel proved them, and certificates' serial numbers (lower-case hex).
     pub client_identity: String,
     pub client_serial: String,
     pub server_identity: String,
@@ -155,6 +200,23 @@ pub struct Near {
     /// Why it failed: stable; empty when it did not.
     pub reason: String,
     pub detail: String,
+}
+
+/// What the kernel did by itself, from pod to pod of this node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OnLane {
+    /// `carries`, `let_out` (it has not come to the app), `refused` or `would_carry` (connecting failed).
+    pub kernel: String,
+    /// The app's own address.
+    pub client: String,
+    /// The pod that was meant, and its address.
+    pub pod: String,
+    pub address: String,
+    /// SPIFFE ids of the two pods that the kernel attests.
+    pub client_identity: String,
+    pub server_identity: String,
+    /// What captures the destination pod. What captures the source pod is in `from`.
+    pub programs: Vec<Program>,
 }
 
 /// Bytes carried.
@@ -175,12 +237,20 @@ pub fn conclude(facts: Facts) -> Report {
     let far = facts.seen.as_ref().and_then(|seen| seen.answer.witness.clone());
     let (verdict, summary) = verdict(&facts, near.as_ref(), far.as_ref());
     let tunnelled = near.as_ref().is_some_and(|near| near.tunnel) && verdict != Verdict::Disagreement;
-    let allowed = match (verdict, &far) {
-        (_, Some(far)) if !far.decision.is_empty() => Some(far.decision == "allowed"),
-        (Verdict::Proven, _) => Some(true),
-        (Verdict::Denied, _) => Some(false),
+    let security = security(&facts, near.as_ref(), verdict);
+    let allowed = match (verdict, &far, &facts.lane) {
+        (_, Some(far), _) if !far.decision.is_empty() => Some(far.decision == "allowed"),
+        (Verdict::Disagreement, ..) => None,
+        (_, _, Some(lane)) => Some(lane.decision.is_ok()),
+        (Verdict::Proven, ..) => Some(true),
+        (Verdict::Denied, ..) => Some(false),
         _ => None,
     };
+    let of_lane = facts.lane.as_ref().and_then(|lane| match &lane.decision {
+        Ok(policy) => policy.as_ref(),
+        Err(denial) => denial.policy(),
+    });
+    let policy = far.as_ref().map(|far| far.policy.clone()).or_else(|| of_lane.map(ToString::to_string));
     let state = match &facts.capture {
         _ if !facts.enrolled => "outside",
         Some(PodState::Captured) => "captured",
@@ -194,17 +264,113 @@ pub fn conclude(facts: Facts) -> Report {
     Report {
         verdict,
         summary,
-        authenticated: tunnelled,
+        security: security.to_owned(),
+        authenticated: tunnelled || security == KERNEL_ATTESTED,
         encrypted: tunnelled,
         allowed,
-        policy: far.as_ref().map(|far| far.policy.clone()).unwrap_or_default(),
+        policy: policy.unwrap_or_default(),
         delivered: verdict == Verdict::Proven,
         from: Source { pod: facts.from, state: state.to_owned(), detail, programs: facts.programs },
         to: facts.to,
         address: facts.address.to_string(),
         near,
+        lane: facts.lane.map(OnLane::from),
         far,
         bytes: facts.bytes,
+    }
+}
+
+/// As `security` of a report says it.
+const MUTUAL_TLS: &str = "mutual_tls";
+const KERNEL_ATTESTED: &str = "kernel_attested";
+const NONE: &str = "none";
+
+/// What is known to protect the connection.
+fn security(facts: &Facts, near: Option<&Near>, verdict: Verdict) -> &'static str {
+    let attested = facts.lane.as_ref().is_some_and(|lane| matches!(lane.kernel, Kernel::Carries | Kernel::Refused))
+        || near.is_some_and(|near| near.security == KERNEL_ATTESTED);
+    match verdict {
+        Verdict::Disagreement => "",
+        Verdict::Plain => NONE,
+        _ if attested => KERNEL_ATTESTED,
+        _ if near.is_some_and(|near| near.tunnel) => MUTUAL_TLS,
+        _ => "",
+    }
+}
+
+impl From<Lane> for OnLane {
+    fn from(lane: Lane) -> Self {
+        let kernel = match lane.kernel {
+            Kernel::Carries => "carries",
+            Kernel::LetOut => "let_out",
+            Kernel::Refused => "refused",
+            Kernel::WouldCarry => "would_carry",
+        };
+        Self {
+            kernel: kernel.to_owned(),
+            client: lane.client.to_string(),
+            pod: lane.pod,
+            address: lane.app.to_string(),
+            client_identity: lane.client_identity,
+            server_identity: lane.server_identity,
+            programs: lane.programs,
+        }
+    }
+}
+
+/// What comes of a connection that the kernel carried, or refused, by itself.
+fn on_lane(facts: &Facts, lane: &Lane) -> (Verdict, String) {
+    let Lane { kernel, pod, decision, .. } = lane;
+    let error = match &facts.connected {
+        Some(Err(error)) => error.as_str(),
+        _ => "",
+    };
+    match (kernel, decision) {
+        (Kernel::Carries, Ok(_)) => (
+            Verdict::Proven,
+            format!(
+                "authenticated by the kernel and allowed; {pod} is on this node, so nothing leaves it, and nothing is encrypted"
+            ),
+        ),
+        (Kernel::Carries, Err(denial)) => {
+            (Verdict::Disagreement, format!("the kernel carries to {pod} what policy refuses: {denial}"))
+        }
+        (Kernel::Refused, Err(denial)) => {
+            (Verdict::Denied, format!("authenticated by the kernel, but refused by policy: {denial}"))
+        }
+        (Kernel::Refused, Ok(_)) => (Verdict::Disagreement, format!("the kernel refuses to {pod} what policy allows")),
+        (Kernel::LetOut, _) => {
+            let text = format!("it could not be found out: the kernel let it out, and {pod} has not taken it");
+            (Verdict::Unknown, text)
+        }
+        (Kernel::WouldCarry, Ok(_)) => (
+            Verdict::AppRefused,
+            format!("allowed, and carried by the kernel, but not accepted by the app of {pod}: {error}"),
+        ),
+        (Kernel::WouldCarry, Err(denial)) => {
+            (Verdict::Disagreement, format!("the kernel would carry to {pod} what policy refuses: {denial}"))
+        }
+    }
+}
+
+/// What comes of a connection to another pod of this node that the agent carried, or refused, in one crossing.
+fn in_one_crossing(near: &Near, far: Option<&Witness>) -> (Verdict, String) {
+    let Near { pod, reason, detail, .. } = near;
+    match far.map(|far| (&*far.decision, far.delivered, far.detail.as_str())) {
+        Some(("allowed", true, _)) => (
+            Verdict::Proven,
+            format!(
+                "authenticated by the kernel and allowed; {pod} is on this node, so nothing leaves it, and nothing is encrypted"
+            ),
+        ),
+        Some(("allowed", false, why)) => (
+            Verdict::AppRefused,
+            format!("authenticated by the kernel and allowed, but not accepted by the app: {why}"),
+        ),
+        Some(("denied", _, why)) => {
+            (Verdict::Denied, format!("authenticated by the kernel, but refused by policy: {why}"))
+        }
+        _ => (Verdict::Unknown, format!("it could not be found out: {reason}: {detail}")),
     }
 }
 
@@ -217,12 +383,20 @@ fn verdict(facts: &Facts, near: Option<&Near>, far: Option<&Witness>) -> (Verdic
     if let (None, Some(PodState::Uncaptured { reason, detail })) = (near, &facts.capture) {
         return (Verdict::Uncaptured, format!("{from} is in the mesh and not captured: {reason}: {detail}"));
     }
+    if let (None, Some(lane)) = (near, &facts.lane) {
+        return on_lane(facts, lane);
+    }
     let Some(near) = near else { return unseen(facts) };
-    if let Some(trouble) = facts.trouble.as_ref().filter(|_| near.status.is_none() && near.reason.is_empty()) {
+    if let Some(trouble) =
+        facts.trouble.as_ref().filter(|_| near.status.is_none() && near.reason.is_empty() && far.is_none())
+    {
         return (Verdict::Unknown, format!("it could not be found out: {trouble}"));
     }
     if let Some(difference) = far.and_then(|far| difference(near, far)) {
         return (Verdict::Disagreement, format!("the two sides do not agree: {difference}"));
+    }
+    if near.security == KERNEL_ATTESTED {
+        return in_one_crossing(near, far);
     }
     let Near { status, reason, detail, .. } = near;
     match (near.tunnel, status) {
@@ -314,10 +488,19 @@ fn near(seen: &Seen) -> Near {
     let flow = &seen.flow;
     let session = seen.answer.session.as_deref().or(flow.session.as_deref());
     let identity = |id: &Option<crate::identity::SpiffeId>| id.as_ref().map(ToString::to_string).unwrap_or_default();
-    let proven = |text: String| if session.is_some() { text } else { String::new() };
+    let attested = flow.security == Security::KernelAttested;
+    let proven = |text: String| if session.is_some() || attested { text } else { String::new() };
+    let security = match flow.security {
+        _ if session.is_some() => MUTUAL_TLS,
+        Security::KernelAttested => KERNEL_ATTESTED,
+        Security::None => NONE,
+        // Meant, and not come to.
+        Security::MutualTls => "",
+    };
     let failure = seen.failure.as_ref();
     Near {
         tunnel: session.is_some(),
+        security: security.to_owned(),
         client: flow.source.to_string(),
         pod: flow
             .destination_workload

@@ -4,12 +4,13 @@ use std::{net::SocketAddr, sync::Arc};
 
 use super::{
     ProofError,
-    conclude::{Facts, Report, Verdict, conclude},
+    conclude::{Facts, Kernel, Lane, Report, Verdict, conclude},
     target,
 };
 use crate::{
     capture::PodState,
     cluster::{Endpoint, Service, ServicePort, Snapshot, Workload},
+    policy::Denial,
     tunnel::{Answer, Direction, Failure, Flow, Program, Security, Seen, Session, Wire, Witness},
 };
 
@@ -101,6 +102,7 @@ fn what_both_sides_saw_alike_is_proven_and_a_silent_far_side_is_no_objection() {
     for far in [Some(witness("allowed", "", true)), None] {
         let report = answered(200, far.clone());
         assert_eq!((report.verdict, report.verdict.status()), (Verdict::Proven, 0));
+        assert_eq!(report.security, "mutual_tls");
         assert_eq!(
             (report.authenticated, report.encrypted, report.allowed, report.delivered),
             (true, true, Some(true), true)
@@ -162,6 +164,102 @@ fn without_a_session_nothing_is_authenticated() {
         assert!(!report.authenticated && !report.encrypted && report.allowed.is_none());
         assert!(report.near.unwrap().client_identity.is_empty(), "nobody proved it");
     }
+}
+
+/// The kernel did this with it, and policy says that of it.
+fn on_lane(kernel: Kernel, connected: Result<(), String>, decision: Result<Option<&str>, Denial>) -> Report {
+    let mut facts = facts(true);
+    facts.connected = Some(connected);
+    facts.lane = Some(Lane {
+        kernel,
+        client: "10.0.0.1:4000".parse().unwrap(),
+        app: address(),
+        client_identity: CLIENT.into(),
+        server_identity: SERVER.into(),
+        pod: "shop/b".into(),
+        programs: vec![Program { name: "lookup".into(), program: 3, link: 4 }],
+        decision: decision.map(|policy| policy.map(Arc::from)),
+    });
+    facts.note_heard(5, 7);
+    conclude(facts)
+}
+
+fn denial() -> Denial {
+    Denial::Explicit { policy: "shop/no".into() }
+}
+
+#[test]
+fn what_the_kernel_carries_is_proven_by_it_and_never_called_encrypted() {
+    let report = on_lane(Kernel::Carries, Ok(()), Ok(Some("shop/yes")));
+    assert_eq!((report.verdict, report.verdict.status(), &*report.security), (Verdict::Proven, 0, "kernel_attested"));
+    assert_eq!((report.authenticated, report.encrypted, report.delivered), (true, false, true));
+    assert_eq!((report.allowed, &*report.policy), (Some(true), "shop/yes"));
+    assert!(report.summary.contains("nothing is encrypted"), "{}", report.summary);
+    assert_eq!((report.bytes.to_app, report.bytes.to_client), (5, 7));
+    let lane = report.lane.unwrap();
+    assert_eq!((&*lane.kernel, &*lane.pod, &*lane.address), ("carries", "shop/b", "10.0.0.2:80"));
+    assert_eq!((&*lane.client_identity, &*lane.server_identity, lane.programs.len()), (CLIENT, SERVER, 1));
+    assert!(report.near.is_none() && report.far.is_none());
+}
+
+#[test]
+fn what_the_kernel_refuses_or_does_not_bring_over_says_so() {
+    let not_permitted = || Err("Operation not permitted (os error 1)".to_owned());
+    let refused = on_lane(Kernel::Refused, not_permitted(), Err(denial()));
+    assert_eq!((refused.verdict, refused.allowed, &*refused.policy), (Verdict::Denied, Some(false), "shop/no"));
+    assert_eq!((refused.authenticated, refused.encrypted, &*refused.security), (true, false, "kernel_attested"));
+    let silent = on_lane(Kernel::LetOut, Ok(()), Ok(None));
+    assert_eq!((silent.verdict, silent.authenticated, silent.delivered), (Verdict::Unknown, false, false));
+    let closed = on_lane(Kernel::WouldCarry, Err("Connection refused (os error 111)".into()), Ok(None));
+    assert_eq!((closed.verdict, closed.authenticated, closed.allowed), (Verdict::AppRefused, false, Some(true)));
+    assert!(closed.summary.contains("Connection refused"), "{}", closed.summary);
+    // The kernel and the engine must say the same.
+    for (kernel, decision) in
+        [(Kernel::Carries, Err(denial())), (Kernel::WouldCarry, Err(denial())), (Kernel::Refused, Ok(None))]
+    {
+        let report = on_lane(kernel, Ok(()), decision);
+        assert_eq!((report.verdict, report.authenticated, report.allowed), (Verdict::Disagreement, false, None));
+        assert_eq!((&*report.security, report.delivered), ("", false), "{kernel:?}");
+    }
+}
+
+/// Carried, or refused, by this agent alone.
+fn in_one_crossing(far: Option<Witness>, failure: Option<Failure>) -> Report {
+    let mut facts = facts(true);
+    facts.arrived = true;
+    let flow = Flow { security: Security::KernelAttested, hbone_target: None, ..flow() };
+    let answer = Answer { witness: far, ..Answer::default() };
+    facts.seen = Some(Seen { flow, answer, connection: None, failure });
+    conclude(facts)
+}
+
+#[test]
+fn one_crossing_of_the_agent_is_proven_by_the_kernel_and_never_called_mutual_tls() {
+    let plain = |witness: Witness| Witness {
+        client_serial: String::new(),
+        server_serial: String::new(),
+        tls: String::new(),
+        cipher: String::new(),
+        ..witness
+    };
+    let failure = |reason, flags| Some(Failure { reason, flags, detail: "words".into() });
+    let proven = in_one_crossing(Some(plain(witness("allowed", "", true))), None);
+    assert_eq!((proven.verdict, &*proven.security), (Verdict::Proven, "kernel_attested"));
+    assert_eq!((proven.authenticated, proven.encrypted, proven.delivered), (true, false, true));
+    let near = proven.near.unwrap();
+    assert_eq!((near.tunnel, &*near.security, &*near.tls), (false, "kernel_attested", ""));
+    assert_eq!((&*near.client_identity, &*near.server_identity), (CLIENT, SERVER));
+    let far = Some(plain(witness("denied", "policy_denied", false)));
+    let denied = in_one_crossing(far, failure("denied_by_peer", "DENY"));
+    assert_eq!((denied.verdict, denied.allowed, denied.authenticated), (Verdict::Denied, Some(false), true));
+    assert!(denied.summary.contains("because of policy_denied") && !denied.encrypted, "{}", denied.summary);
+    let far = Some(plain(witness("allowed", "app_timeout", false)));
+    let silent = in_one_crossing(far, failure("app_unreachable", "CONNECT"));
+    assert_eq!((silent.verdict, silent.allowed, silent.delivered), (Verdict::AppRefused, Some(true), false));
+    let full = in_one_crossing(None, failure("app_unreachable", "CONNECT"));
+    assert_eq!((full.verdict, full.encrypted, full.delivered), (Verdict::Unknown, false, false));
+    let strange = in_one_crossing(Some(witness("allowed", "", true)), None);
+    assert_eq!(strange.verdict, Verdict::Disagreement, "it has a certificate where there is no TLS");
 }
 
 #[test]
@@ -250,13 +348,16 @@ fn the_json_of_a_report_is_stable() {
     let keys = |value: &serde_json::Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
     assert_eq!(
         keys(&value),
-        "address allowed authenticated bytes delivered encrypted far from near policy summary to verdict"
+        "address allowed authenticated bytes delivered encrypted far from lane near policy security summary to verdict"
     );
     assert_eq!(keys(&value["from"]), "detail pod programs state");
     assert_eq!(
         keys(&value["near"]),
-        "address cipher client client_identity client_serial detail pod reason server_identity server_serial status tls tunnel"
+        "address cipher client client_identity client_serial detail pod reason security server_identity server_serial status tls \
+         tunnel"
     );
+    let lane = serde_json::to_value(on_lane(Kernel::Carries, Ok(()), Ok(None)).lane).unwrap();
+    assert_eq!(keys(&lane), "address client client_identity kernel pod programs server_identity");
     assert_eq!(
         keys(&value["far"]),
         "cipher client client_identity client_serial decision delivered detail node pod policy programs reason \

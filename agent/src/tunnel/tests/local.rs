@@ -342,3 +342,30 @@ async fn what_the_kernel_vouches_for_is_authenticated_and_nothing_else_is() {
     }
     assert_eq!(asked(), before);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proof_of_one_crossing_names_both_pods_the_decision_and_the_programs() {
+    let world = together().await;
+    echo(world.app().await);
+    let proven = async || {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind((world.a.address, 0).into()).unwrap();
+        let port = socket.local_addr().unwrap().port();
+        let mut expected = world.a.registry.proofs().expect(&world.a.record.uid, port);
+        let _reset_or_open = socket.connect((world.b.address, PORT).into()).await;
+        timeout(Duration::from_secs(10), expected.seen()).await.expect("nobody tells of it").unwrap()
+    };
+    let seen = proven().await;
+    assert_eq!((seen.flow.security, seen.answer.status), (Security::KernelAttested, None));
+    assert!(seen.failure.is_none() && seen.connection.is_some() && seen.answer.session.is_none());
+    let witness = seen.answer.witness.unwrap();
+    assert_eq!((&*witness.decision, witness.delivered, &*witness.pod), ("allowed", true, "default/b"));
+    assert_eq!((&*witness.client_identity, &*witness.server_identity, &*witness.tls), (A, B, ""));
+    assert_eq!(witness.programs[0].name, "of uid-b");
+    deny(&world, DENY_A);
+    let seen = proven().await;
+    assert_eq!(seen.failure.unwrap().reason, "denied_by_peer");
+    let witness = seen.answer.witness.unwrap();
+    assert_eq!((&*witness.decision, witness.delivered, &*witness.policy), ("denied", false, "default/no-a"));
+    assert!(seen.connection.is_none());
+}
