@@ -25,12 +25,11 @@ fn serial(agent: &Agent, pod: &Pod) -> Result<Value> {
 }
 
 #[test]
-fn a_pair_in_the_mesh_is_proven_from_both_sides_across_nodes_and_on_one() -> Result {
+fn a_pair_in_the_mesh_is_proven_from_both_sides_across_nodes_and_on_one_that_asks_for_tls() -> Result {
     needs_root!();
     let lab = Lab::two_nodes()?;
     let client = lab.pod("shop", "client").start()?;
     let far = lab.pod("shop", "far").on(2).serves(&["echo:7000"]).start()?;
-    // On one node pods use the kernel lane, where there is no TLS, unless they ask for it.
     let near = lab.pod("shop", "near").annotate("heddle.dev/same-node", "mtls").serves(&["echo:7000"]).start()?;
     let agent = lab.agent(1)?;
     for (server, node) in [(&far, 2), (&near, 1)] {
@@ -41,7 +40,8 @@ fn a_pair_in_the_mesh_is_proven_from_both_sides_across_nodes_and_on_one() -> Res
             assert_eq!(report[field], true, "{field}: {report:#}");
         }
         let (mine, theirs) = (&report["near"], &report["far"]);
-        assert_eq!(mine["tls"], "TLSv1_3");
+        assert_eq!((&report["security"], &mine["security"]), (&json!("mutual_tls"), &json!("mutual_tls")));
+        assert_eq!((&mine["tls"], &report["lane"]), (&json!("TLSv1_3"), &Value::Null));
         assert_eq!(mine["cipher"], "TLS13_AES_256_GCM_SHA384");
         assert_eq!(
             (&mine["client_identity"], &mine["server_identity"]),
@@ -63,6 +63,50 @@ fn a_pair_in_the_mesh_is_proven_from_both_sides_across_nodes_and_on_one() -> Res
     }
     let text = agent.ask(&["proof", &client.full_name(), &format!("{}:7000", far.full_name())])?.ok()?;
     assert!(text.starts_with("verdict       proven: authenticated, encrypted and allowed\n"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn a_pair_of_one_node_is_proven_by_the_kernel_on_the_lane_and_in_one_crossing_and_never_called_encrypted() -> Result {
+    needs_root!();
+    let lab = Lab::one_node()?;
+    let client = lab.pod("shop", "client").start()?;
+    let server = lab.pod("shop", "server").serves(&["echo:7000"]).start()?;
+    let agent = lab.agent(1)?;
+    let to = format!("{}:7000", server.full_name());
+    // The first may come to the agent for want of a verdict; the kernel knows what to do with one of the next.
+    let mut crossings = 0;
+    until(Duration::from_secs(20), "a connection on the lane", || {
+        let (code, report) = agent.ask_json(&["proof", &client.full_name(), &to, "--say", "hello"]).ok()?;
+        assert_eq!((code, &report["verdict"]), (Some(0), &json!("proven")), "{report:#}");
+        assert_eq!((&report["security"], &report["encrypted"]), (&json!("kernel_attested"), &json!(false)));
+        for field in ["authenticated", "allowed", "delivered"] {
+            assert_eq!(report[field], true, "{field}: {report:#}");
+        }
+        let on_lane = report["lane"].is_object();
+        crossings += u32::from(!on_lane);
+        let (side, theirs) = if on_lane { ("lane", &report["lane"]) } else { ("near", &report["far"]) };
+        assert_eq!(report["near"].is_object(), !on_lane, "{report:#}");
+        assert_eq!(
+            (&report[side]["client_identity"], &report[side]["server_identity"], &report[side]["pod"]),
+            (&json!(client.identity()), &json!(server.identity()), &json!(server.full_name()))
+        );
+        for (programs, wanted) in [(&report["from"]["programs"], "connect4"), (&theirs["programs"], "lookup")] {
+            assert!(names(programs).contains(&wanted), "{report:#}");
+        }
+        assert_eq!((&report["bytes"]["to_app"], &report["bytes"]["to_client"]), (&json!(5), &json!(5)));
+        on_lane.then_some(())
+    })?;
+    assert!(crossings > 0, "nothing had decided about the pair before");
+    let text = agent.ask(&["proof", &client.full_name(), &to])?.ok()?;
+    assert!(text.contains("\nkernel lane   carried by the kernel alone, from "), "{text}");
+    lab.authorize("shop", "nobody", &json!({"action": "DENY", "rules": [{}]}))?;
+    // By the kernel, or by the agent where the kernel has not learned it yet.
+    let (code, report) = until(Duration::from_secs(20), "a denial", || {
+        proof(agent, &client, &to).ok().filter(|(_, report)| report["verdict"] == "denied")
+    })?;
+    assert_eq!((code, &report["allowed"], &report["policy"]), (1, &json!(false), &json!("shop/nobody")), "{report:#}");
+    assert_eq!((&report["security"], &report["encrypted"]), (&json!("kernel_attested"), &json!(false)), "{report:#}");
     Ok(())
 }
 

@@ -267,7 +267,7 @@ async fn watch(
     }
     if !say.is_empty() && made {
         let heard = caller.heard().await?;
-        if facts.lane.is_some() {
+        if heard > 0 {
             facts.note_heard(say.len(), heard);
         }
     }

@@ -53,19 +53,26 @@ impl Facts {
         }
     }
 
-    /// Counts as the process in the pod has them, for what came to no agent.
+    /// Counts as the process in the pod has them: of the kernel's nobody else's are known yet, and the agent's come a moment after
+    /// the bytes.
     pub fn note_heard(&mut self, to_app: usize, to_client: usize) {
-        (self.bytes.to_app, self.bytes.to_client) = (to_app as u64, to_client as u64);
+        self.at_least(to_app as u64, to_client as u64);
+    }
+
+    fn at_least(&mut self, to_app: u64, to_client: u64) {
+        self.bytes.to_app = self.bytes.to_app.max(to_app);
+        self.bytes.to_client = self.bytes.to_client.max(to_client);
     }
 
     /// Counts as they are now: the connection goes away.
     pub fn note_bytes(&mut self) {
         let Some(seen) = &self.seen else { return };
-        if let Some(connection) = &seen.connection {
-            (self.bytes.to_app, self.bytes.to_client) = connection.bytes();
-        }
+        let carried = seen.connection.as_ref().map(|connection| connection.bytes());
         if let Some(session) = seen.answer.session.as_deref().or(seen.flow.session.as_deref()) {
             (self.bytes.tunnel_sent, self.bytes.tunnel_received) = session.wire.bytes();
+        }
+        if let Some((to_app, to_client)) = carried {
+            self.at_least(to_app, to_client);
         }
     }
 }
