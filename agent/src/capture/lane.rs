@@ -122,21 +122,21 @@ impl Lane {
         Ok(all)
     }
 
-    /// Who the kernel says connects from `client` to the pod's `app`, if it says anything. The connection has come to the agent
-    /// for want of a verdict: it is the agent's from now on, so its entry is taken out.
+    /// Who the kernel says connects from `client` to the pod's `app`, if it says anything.
+    #[must_use]
+    pub fn attested(&self, client: SocketAddr, app: SocketAddr) -> Option<Attestation> {
+        let attestation = self.node.maps.attested(&tuple(client, app))?;
+        (attestation.by == attested_by::KERNEL).then_some(attestation)
+    }
+
+    /// The same of a connection that has come to the agent for want of a verdict: it is the agent's from now on, so its entry is
+    /// taken out.
     #[must_use]
     pub fn take_attested(&self, client: SocketAddr, app: SocketAddr) -> Option<Attestation> {
-        let tuple = Tuple {
-            source: key(client.ip()),
-            destination: key(app.ip()),
-            source_port: client.port(),
-            destination_port: app.port(),
-            padding: 0,
-        };
         // One whose handshake the app has completed is not this one.
-        let waits = |by: &Attestation| by.by == attested_by::KERNEL && by.destination_state & side::ESTABLISHED == 0;
-        let attestation = self.node.maps.attested(&tuple).filter(waits)?;
-        self.node.maps.remove_attested(&tuple);
+        let waits = |by: &Attestation| by.destination_state & side::ESTABLISHED == 0;
+        let attestation = self.attested(client, app).filter(waits)?;
+        self.node.maps.remove_attested(&tuple(client, app));
         Some(attestation)
     }
 
@@ -171,6 +171,16 @@ impl Lane {
     pub fn events_lost(&self) -> u64 {
         let lives = self.node.pods().into_iter().filter_map(|pod| pod.live());
         lives.filter_map(|live| self.node.maps.counts(live.slot).ok()).map(|counts| counts.events_lost).sum()
+    }
+}
+
+fn tuple(client: SocketAddr, app: SocketAddr) -> Tuple {
+    Tuple {
+        source: key(client.ip()),
+        destination: key(app.ip()),
+        source_port: client.port(),
+        destination_port: app.port(),
+        padding: 0,
     }
 }
 

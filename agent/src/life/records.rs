@@ -31,6 +31,8 @@ pub(super) async fn follow(
     stop: CancellationToken,
 ) {
     let reading = async {
+        // What the lane's decisions tell does not wait for the pods.
+        telemetry.lane().learn(around(&context), &[]);
         begin.await;
         let lane = context.capture.lane();
         let mut ring = open(&lane).await;

@@ -1,4 +1,5 @@
-//! Spans of tunnelled connections, sent to an OpenTelemetry collector (OTLP over gRPC), where that is asked for.
+//! Spans of tunnelled connections, sent to an OpenTelemetry collector (OTLP over gRPC), where that is asked for. Connections of
+//! the kernel lane have none: without a tunnel no `traceparent` goes with them.
 //!
 //! Told at a connection's end, like the access log. A span goes into a bounded queue; one task batches and sends. A
 //! collector that is slow or dead costs spans, which are counted, never traffic, and the agent's end waits for it only

@@ -9,7 +9,7 @@ use std::{
     sync::Arc,
 };
 
-use heddle_common::{choice, side};
+use heddle_common::choice;
 use rustls_pki_types::CertificateDer;
 use tokio::net::TcpStream;
 

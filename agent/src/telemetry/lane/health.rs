@@ -35,7 +35,7 @@ impl Health {
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
         let options = HistogramOpts::new(
             "heddle_lane_tcp_rtt_seconds",
-            "Smoothed round-trip time of kernel-lane connections: once a second while they carry something, and at their end.",
+            "Smoothed round-trip time of kernel-lane connections, now and then while they carry something, and at their end.",
         );
         // From 4 µs: no device is between two pods of one host.
         let rtt = HistogramVec::new(options.buckets(exponential_buckets(4e-6, 2.0, 16)?), &["direction"])?;
