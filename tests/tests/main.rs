@@ -9,6 +9,7 @@ mod identity;
 mod laboratory;
 mod lane;
 mod lane_claims;
+mod lane_off;
 mod lane_reuse;
 mod lane_services;
 mod life;
