@@ -217,7 +217,11 @@ impl Lab {
             client.connect(server.at(port)).say("1\n").flag("--half-close").with("--patience", 2_000).run().ok()?;
             kernel.verdict(client, server, port).ok().flatten()
         })
-        .with_context(|| format!("{:?}", kernel.counts(client)))
+        .with_context(|| {
+            let unproven =
+                self.agent(client.node()).and_then(Agent::status).map(|status| status["unproven_paths"].clone());
+            format!("{:?}, {unproven:?}", kernel.counts(client))
+        })
     }
 
     /// The same, where policy lets the pair talk: what follows takes the kernel lane.

@@ -64,16 +64,18 @@ impl Stage {
         Ok(held)
     }
 
-    /// Metrics once as many connections have ended as have begun.
+    /// Metrics once every connection has ended and been told of: what the kernel reports is read some times a second.
     fn settled(&self) -> Result<Scrape> {
         let agent = self.lab.agent(1)?;
-        until(Duration::from_secs(10), "every connection to be counted as closed", || {
+        let mut last = 0.0;
+        until(Duration::from_secs(15), "every connection to be counted as closed", || {
+            std::thread::sleep(Duration::from_millis(300));
             let scrape = agent.metrics().ok()?;
-            let all = |reporter| {
-                let mine = attested(reporter);
-                scrape.sum(OPENED, &mine) > 0.0 && scrape.sum(OPENED, &mine) == scrape.sum(CLOSED, &mine)
-            };
-            (REPORTERS.into_iter().all(all) && self.lanes().ok()? == 0).then_some(scrape)
+            let [opened, closed] =
+                [OPENED, CLOSED].map(|name| REPORTERS.map(|reporter| scrape.sum(name, &attested(reporter))));
+            let before = std::mem::replace(&mut last, opened[0] + opened[1]);
+            let at_rest = last > 0.0 && last == before && opened == closed;
+            (at_rest && self.lanes().ok()? == 0).then_some(scrape)
         })
     }
 

@@ -33,7 +33,7 @@ fn a_pod_with_another_way_in_is_off_the_lane_and_the_others_are_not() -> Result 
     let node = lab.node(1)?.netns.name();
     odd.netns().batch(&[
         format!("link add eth1 type veth peer name odd1 netns {node}"),
-        "addr add 192.0.2.2/24 dev eth1".to_owned(),
+        format!("addr add {}/32 dev eth1", odd.v4()),
         "link set eth1 up".to_owned(),
     ])?;
     lab.node(1)?.netns.batch(&["link set odd1 up"])?;
@@ -64,7 +64,7 @@ fn a_pair_between_which_addresses_are_rewritten_goes_through_the_agent() -> Resu
     let gateway = lab.node(1)?.gateway_v4();
     client.netns().batch(&[format!("route add {}/32 via {gateway}", server.v4())])?;
     let rules = format!(
-        "table ip lab {{ chain out {{ type nat hook postrouting priority srcnat; ip saddr {} ip daddr {} masquerade; }} }}",
+        "table ip lab {{\n chain out {{\n type nat hook postrouting priority srcnat\n ip saddr {} ip daddr {} masquerade\n }}\n}}\n",
         client.v4(),
         server.v4()
     );

@@ -88,6 +88,8 @@ fn a_server_that_is_replaced_at_its_address_is_decided_for_anew() -> Result {
     let (slot, id) = (server.slot(), lab.agent(1)?.kernel().resident(&server)?);
     server.delete()?;
     let vault = lab.pod("shop", "vault").at_slot(slot).serves(&["who:7000"]).unproven().start()?;
+    // As networks tell their neighbours of a new one.
+    client.netns().batch(&["neigh flush dev eth0"])?;
     let ask = || client.connect(vault.at(7000)).with("--expect", 1).with("--patience", 1_000).run();
     // Before it is in the mesh it is open to everybody, as any pod; from then on it is not, whatever was known of its address.
     let (mut tried, mut captured) = (0, false);
