@@ -22,6 +22,7 @@ use super::{
     CaptureError, LaneFault, destroy, kernel,
     maps::{failed, ignore_absent, key},
     path,
+    pin::Record,
     pod::Node,
 };
 
@@ -73,6 +74,21 @@ impl Lane {
             })
         })
         .collect()
+    }
+
+    /// The pods that are pinned, attached by this agent or not, as they were attached last. Reads bpffs.
+    pub fn pinned(&self) -> Result<Vec<ResidentPod>, CaptureError> {
+        let path = || self.node.config.bpffs.clone();
+        let pods = self.node.pins.pods().map_err(|source| CaptureError::Bpffs { path: path(), source })?;
+        let resident = |record: Record| ResidentPod {
+            uid: record.uid.into(),
+            id: record.workload,
+            slot: record.slot,
+            addresses: record.addresses,
+            // Its programs know; what they can't attest has no verdict.
+            attestable: true,
+        };
+        Ok(pods.into_iter().filter_map(|(_, record)| record.map(resident)).collect())
     }
 
     /// What the kernel holds. Walks the table.

@@ -4,9 +4,9 @@ use std::process::ExitCode;
 
 use super::{
     ask::{Ask, json, print},
-    table::table,
+    table::{plain, table},
 };
-use crate::life::admin::Status;
+use crate::life::admin::{PathLine, Status};
 
 /// Ends with status 1 when a pod is not captured; with --json only when the agent can't be asked.
 pub(super) fn run(ask: &Ask) -> anyhow::Result<ExitCode> {
@@ -28,14 +28,21 @@ pub(super) fn text(status: &Status) -> String {
         .pods
         .iter()
         .map(|pod| {
-            let reason = match &*pod.detail {
-                "" => pod.reason.clone(),
-                detail => format!("{}: {detail}", pod.reason),
+            let lane = match &*pod.lane_reason {
+                "" => pod.lane.clone(),
+                reason => format!("{} ({reason})", pod.lane),
             };
-            vec![format!("{}/{}", pod.namespace, pod.name), pod.state.clone(), reason]
+            let reason = match (&*pod.reason, &*pod.detail) {
+                // What is captured can still have something to say of the lane.
+                ("", _) => pod.lane_detail.clone(),
+                (reason, "") => reason.to_owned(),
+                (reason, detail) => format!("{reason}: {detail}"),
+            };
+            vec![format!("{}/{}", pod.namespace, pod.name), pod.state.clone(), lane, reason]
         })
         .collect();
-    let mut text = if rows.is_empty() { String::new() } else { table(&["POD", "STATE", "REASON"], &rows) + "\n" };
+    let mut text =
+        if rows.is_empty() { String::new() } else { table(&["POD", "STATE", "LANE", "REASON"], &rows) + "\n" };
     let captured = status.pods.iter().filter(|pod| pod.state == "captured").count();
     let ready = if status.ready {
         "ready".to_owned()
@@ -48,6 +55,9 @@ pub(super) fn text(status: &Status) -> String {
         status.node,
         status.version
     ));
+    for PathLine { from, to, reason, detail } in &status.unproven_paths {
+        text.push_str(&format!("no lane from {from} to {to}: {reason}: {}\n", plain(detail)));
+    }
     for (what, problems) in [("manifest", &status.manifest_problems), ("policy", &status.policy_problems)] {
         for problem in problems {
             text.push_str(&format!("{what} problem: {problem}\n"));

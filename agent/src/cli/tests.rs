@@ -6,7 +6,7 @@ use super::{
     uninstall,
 };
 use crate::life::{
-    admin::{CertificateLine, ConnectionLine, PodLine, Status},
+    admin::{CertificateLine, ConnectionLine, PathLine, PodLine, Status},
     config::EXIT_USAGE,
 };
 
@@ -44,17 +44,39 @@ fn status_names_each_pod_its_reason_and_the_totals() {
         node: "node-1".into(),
         version: "0.1.0".into(),
         ready: true,
-        pods: vec![pod("web-0", "captured", "", ""), pod("db-0", "uncaptured", "place_unknown", "nobody knows")],
+        pods: vec![
+            PodLine { lane: "on".into(), ..pod("web-0", "captured", "", "") },
+            PodLine {
+                lane: "off".into(),
+                lane_reason: "uncaptured".into(),
+                lane_detail: "the pod's capture is not proven".into(),
+                ..pod("db-0", "uncaptured", "place_unknown", "nobody knows")
+            },
+            PodLine {
+                lane: "off".into(),
+                lane_reason: "same_node_mtls".into(),
+                lane_detail: "heddle.dev/same-node asks for it".into(),
+                ..pod("api-0", "captured", "", "")
+            },
+        ],
+        unproven_paths: vec![PathLine {
+            from: "shop/web-0".into(),
+            to: "shop/api-0".into(),
+            reason: "rewritten".into(),
+            detail: "the source was 10.0.0.9".into(),
+        }],
         manifest_problems: vec!["a.yaml: broken".into()],
         ..Status::default()
     };
     assert_eq!(
         status::text(&answer),
-        "POD         STATE       REASON\n\
-         shop/web-0  captured    -\n\
-         shop/db-0   uncaptured  place_unknown: nobody knows\n\
+        "POD         STATE       LANE                  REASON\n\
+         shop/web-0  captured    on                    -\n\
+         shop/db-0   uncaptured  off (uncaptured)      place_unknown: nobody knows\n\
+         shop/api-0  captured    off (same_node_mtls)  heddle.dev/same-node asks for it\n\
          \n\
-         1 of 2 enrolled pods captured on node node-1 (heddle 0.1.0, ready)\n\
+         2 of 3 enrolled pods captured on node node-1 (heddle 0.1.0, ready)\n\
+         no lane from shop/web-0 to shop/api-0: rewritten: the source was 10.0.0.9\n\
          manifest problem: a.yaml: broken\n"
     );
     assert!(!status::all_captured(&answer));
@@ -141,9 +163,13 @@ fn the_json_of_what_the_agent_answers_is_stable() {
     let table = [
         (
             serde_json::to_value(Status::default()).unwrap(),
-            "manifest_problems node pods policy_problems ready version waiting_for",
+            "manifest_problems node pods policy_problems ready unproven_paths version waiting_for",
         ),
-        (serde_json::to_value(PodLine::default()).unwrap(), "counters detail name namespace reason state uid"),
+        (
+            serde_json::to_value(PodLine::default()).unwrap(),
+            "counters detail lane lane_detail lane_reason name namespace reason state uid",
+        ),
+        (serde_json::to_value(PathLine::default()).unwrap(), "detail from reason to"),
         (
             serde_json::to_value(ConnectionLine::default()).unwrap(),
             "bytes_to_app bytes_to_client cipher destination destination_identity destination_service \

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     http,
+    lane::{PathFault, Switch},
     proof::{self, ProofError},
 };
 use crate::{
@@ -45,6 +46,9 @@ pub struct Status {
     /// What readiness waits for.
     pub waiting_for: Vec<String>,
     pub pods: Vec<PodLine>,
+    /// Pairs of pods whose connections go through the agent, because nobody can show that packets go straight from one to the other.
+    #[serde(default)]
+    pub unproven_paths: Vec<PathLine>,
     /// Manifest objects that are not in force as written.
     pub manifest_problems: Vec<String>,
     /// Policies that are not enforced as written.
@@ -62,8 +66,27 @@ pub struct PodLine {
     /// Stable; empty when captured.
     pub reason: String,
     pub detail: String,
+    /// Whether its connections with other pods of the node may take the kernel lane: `on` or `off`.
+    #[serde(default)]
+    pub lane: String,
+    /// Why not, stable; empty when they may.
+    #[serde(default)]
+    pub lane_reason: String,
+    #[serde(default)]
+    pub lane_detail: String,
     /// The kernel programs' counters.
     pub counters: std::collections::BTreeMap<String, u64>,
+}
+
+/// Two pods of the node between which packets could not be shown to go straight.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathLine {
+    /// `namespace/name`.
+    pub from: String,
+    pub to: String,
+    /// Stable.
+    pub reason: String,
+    pub detail: String,
 }
 
 /// One of `GET /connections`.
@@ -119,13 +142,26 @@ pub struct CertificateLine {
     pub last_error: String,
 }
 
-impl From<&PodReport> for PodLine {
-    fn from(pod: &PodReport) -> Self {
+impl From<&PathFault> for PathLine {
+    fn from(path: &PathFault) -> Self {
+        let PathFault { from, to, reason, detail } = path;
+        Self { from: from.clone(), to: to.clone(), reason: (*reason).to_owned(), detail: detail.clone() }
+    }
+}
+
+impl PodLine {
+    /// `lane` is `None` for a pod that is not attached.
+    pub(super) fn new(pod: &PodReport, lane: Option<&Switch>) -> Self {
         use crate::capture::PodState;
         let state = match pod.state {
             PodState::Captured => "captured",
             PodState::Attached => "attached",
             PodState::Uncaptured { .. } => "uncaptured",
+        };
+        let (lane, lane_reason, lane_detail) = match lane {
+            Some(Switch::On) => ("on", "", ""),
+            Some(Switch::Off { reason, detail }) => ("off", *reason, &**detail),
+            None => ("off", "unattached", "the pod's programs are not attached"),
         };
         Self {
             uid: pod.uid.to_string(),
@@ -134,6 +170,9 @@ impl From<&PodReport> for PodLine {
             state: state.to_owned(),
             reason: pod.reason().to_owned(),
             detail: pod.detail().to_owned(),
+            lane: lane.to_owned(),
+            lane_reason: lane_reason.to_owned(),
+            lane_detail: lane_detail.to_owned(),
             counters: named(&pod.counts).into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
         }
     }

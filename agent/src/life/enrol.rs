@@ -20,21 +20,21 @@ use tokio_util::sync::CancellationToken;
 use super::{
     drain::cut,
     keeper::{Keeper, News, Pods, Shared, Wanted, backoff},
+    lane::Lane,
     limits,
     readiness::Blocker,
 };
 use crate::{
-    capture::{Attached, CaptureError, PodSpec, PodState},
+    capture::{self, Attached, CaptureError, PodSpec, PodState},
     cluster::{Snapshot, View, Workload},
     identity::SpiffeId,
-    policy::Rulebook,
     tunnel::{self, Connection, Direction},
 };
 
 /// What enrolment moves: the stages before it.
 pub trait Stages: Clone + Send + Sync + 'static {
-    /// Puts the snapshot's rules in force, for new and for carried connections.
-    fn enforce(&self, snapshot: &Snapshot);
+    /// Puts the snapshot's rules in force, for new connections and for those that are open.
+    fn enforce(&self, snapshot: Arc<Snapshot>) -> impl Future<Output = Result<(), CaptureError>> + Send;
     /// Keeps certificates ready for exactly these workloads.
     fn keep_identities(&self, of: &[Arc<Workload>]);
     fn set_destinations(&self, addresses: HashSet<IpAddr>) -> impl Future<Output = Result<(), CaptureError>> + Send;
@@ -47,10 +47,12 @@ pub trait Stages: Clone + Send + Sync + 'static {
         attached: Attached,
         stop: CancellationToken,
     ) -> impl Future<Output = ()> + Send + 'static;
+    /// Notes whether the pod's capture is proven. Without proof no connection of it passes the agent by when this is done.
+    fn captured(&self, uid: &Arc<str>, proven: bool) -> impl Future<Output = ()> + Send;
     /// Connections that are carried for the pod.
     fn carried(&self, uid: &str) -> usize;
-    /// Closes them; gives how many.
-    fn cut(&self, uid: &str) -> usize;
+    /// Closes them, and those that pass the agent by; gives how many.
+    fn cut(&self, uid: &str) -> impl Future<Output = usize> + Send;
     /// Takes the kernel's programs and the listener away, and leaves what carried connections need.
     fn release(&self, uid: &str) -> impl Future<Output = Result<(), CaptureError>> + Send;
     fn unlisten(&self, uid: &str) -> impl Future<Output = Result<(), CaptureError>> + Send;
@@ -59,36 +61,45 @@ pub trait Stages: Clone + Send + Sync + 'static {
 }
 
 /// The stages as they are.
-impl Stages for tunnel::Context {
-    fn enforce(&self, snapshot: &Snapshot) {
-        self.rules.store(Arc::new(Rulebook::compile(snapshot)));
-        let closed = tunnel::reconsider(&self.registry, &self.rules.load());
+#[derive(Debug, Clone)]
+pub struct Journey {
+    pub tunnel: tunnel::Context,
+    pub lane: Lane<capture::Lane>,
+}
+
+impl Stages for Journey {
+    async fn enforce(&self, snapshot: Arc<Snapshot>) -> Result<(), CaptureError> {
+        let generation = snapshot.generation;
+        let (doomed, result) = self.lane.enforce(snapshot).await;
+        let carried = tunnel::reconsider(&self.tunnel.registry, &self.tunnel.rules.load());
+        let closed = carried + self.lane.end(doomed).await;
         if closed > 0 {
-            tracing::info!(closed, generation = snapshot.generation, "Connections closed due to policy change");
+            tracing::info!(closed, generation, "Connections closed due to policy change");
         }
+        result
     }
 
     fn keep_identities(&self, of: &[Arc<Workload>]) {
         let identity = |workload: &Arc<Workload>| {
-            SpiffeId::new(self.certificates.trust_domain(), &workload.namespace, &workload.service_account)
+            SpiffeId::new(self.tunnel.certificates.trust_domain(), &workload.namespace, &workload.service_account)
                 .inspect_err(|error| {
                     tracing::warn!(namespace = %workload.namespace, pod = %workload.name, %error, "Pod has no identity");
                 })
                 .ok()
         };
-        self.certificates.keep(of.iter().filter_map(identity).collect());
+        self.tunnel.certificates.keep(of.iter().filter_map(identity).collect());
     }
 
     async fn set_destinations(&self, addresses: HashSet<IpAddr>) -> Result<(), CaptureError> {
-        self.capture.set_destinations(addresses).await
+        self.tunnel.capture.set_destinations(addresses).await
     }
 
     async fn attach(&self, pod: PodSpec) -> Result<Attached, CaptureError> {
-        self.capture.attach(pod).await
+        self.tunnel.capture.attach(pod).await
     }
 
     async fn prove(&self, uid: &str) -> PodState {
-        self.capture.prove(uid).await
+        self.tunnel.capture.prove(uid).await
     }
 
     fn serve(
@@ -97,31 +108,37 @@ impl Stages for tunnel::Context {
         attached: Attached,
         stop: CancellationToken,
     ) -> impl Future<Output = ()> + Send + 'static {
-        tunnel::serve(self.clone(), pod, attached, stop)
+        tunnel::serve(self.tunnel.clone(), pod, attached, stop)
+    }
+
+    async fn captured(&self, uid: &Arc<str>, proven: bool) {
+        self.lane.capture(uid, proven).await;
     }
 
     fn carried(&self, uid: &str) -> usize {
-        self.registry.live().iter().filter(|connection| is_of(connection, uid)).count()
+        self.tunnel.registry.live().iter().filter(|connection| is_of(connection, uid)).count()
     }
 
-    fn cut(&self, uid: &str) -> usize {
-        cut(self.registry.live().iter().filter(|connection| is_of(connection, uid)).map(AsRef::as_ref))
+    async fn cut(&self, uid: &str) -> usize {
+        let carried = self.tunnel.registry.live();
+        let cut = cut(carried.iter().filter(|connection| is_of(connection, uid)).map(AsRef::as_ref));
+        cut + self.lane.cut(uid).await
     }
 
     async fn release(&self, uid: &str) -> Result<(), CaptureError> {
-        self.capture.release(uid).await
+        self.tunnel.capture.release(uid).await
     }
 
     async fn unlisten(&self, uid: &str) -> Result<(), CaptureError> {
-        self.capture.unlisten(uid).await
+        self.tunnel.capture.unlisten(uid).await
     }
 
     async fn withdraw(&self, uid: &str) -> Result<(), CaptureError> {
-        self.capture.withdraw(uid).await
+        self.tunnel.capture.withdraw(uid).await
     }
 
     async fn reap(&self, keep: &HashSet<Arc<str>>) -> Result<Vec<String>, CaptureError> {
-        self.capture.reap(keep).await
+        self.tunnel.capture.reap(keep).await
     }
 }
 
@@ -231,8 +248,8 @@ impl<S: Stages> Enrolment<S> {
     }
 
     /// Makes everything as the snapshot says; gives when to try again, where something failed.
-    async fn apply(&mut self, snapshot: &Snapshot) -> Option<Instant> {
-        self.shared.stages.enforce(snapshot);
+    async fn apply(&mut self, snapshot: &Arc<Snapshot>) -> Option<Instant> {
+        let enforced = self.enforce(snapshot).await;
         let destinations = snapshot.mesh_destinations().collect();
         match timeout(limits::ENROL_STEP, self.shared.stages.set_destinations(destinations)).await {
             Ok(Ok(())) => self.failures = 0,
@@ -247,7 +264,19 @@ impl<S: Stages> Enrolment<S> {
             }
         }
         self.keep_pods(snapshot);
-        self.finish_first_pass().await
+        earliest(enforced, self.finish_first_pass().await)
+    }
+
+    /// Puts the rules in force; gives when to try again, where the kernel's tables were not brought up to them whole.
+    async fn enforce(&self, snapshot: &Arc<Snapshot>) -> Option<Instant> {
+        let enforced = timeout(limits::ENROL_STEP, self.shared.stages.enforce(Arc::clone(snapshot))).await;
+        let (reason, error) = match enforced {
+            Ok(Ok(())) => return None,
+            Ok(Err(error)) => (error.reason(), error.to_string()),
+            Err(_) => ("timeout", format!("took longer than {:?}", limits::ENROL_STEP)),
+        };
+        tracing::error!(reason, error, "The kernel lane is not up to the rules in force yet");
+        Some(Instant::now() + backoff(1))
     }
 
     fn keep_pods(&mut self, snapshot: &Snapshot) {

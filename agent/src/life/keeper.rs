@@ -174,6 +174,7 @@ impl<S: Stages> Keeper<S> {
                     self.service = None;
                     self.failures += 1;
                     due = due.min(Instant::now() + backoff(self.failures));
+                    self.shared.stages.captured(&self.uid, false).await;
                     let detail = "nobody serves the pod's listener".to_owned();
                     if let Wanted::Enrolled(pod) = &*wanted.borrow() {
                         self.shared.pods.set(pod, PodState::Uncaptured { reason: "not_served", detail });
@@ -205,6 +206,7 @@ impl<S: Stages> Keeper<S> {
     async fn enrol(&mut self, pod: &Arc<Workload>) -> Duration {
         let state = self.attempt(pod).await;
         let captured = state == PodState::Captured;
+        self.shared.stages.captured(&self.uid, captured).await;
         self.shared.pods.set(pod, state);
         if captured {
             self.failures = 0;
@@ -257,6 +259,7 @@ impl<S: Stages> Keeper<S> {
     /// on until they end. Gives the time until the next round, `None` after the last.
     async fn leave(&mut self) -> Option<Duration> {
         let Some(since) = self.released else {
+            self.shared.stages.captured(&self.uid, false).await;
             match timeout(limits::ENROL_STEP, self.shared.stages.release(&self.uid)).await {
                 Ok(Ok(()) | Err(CaptureError::NotAttached(_))) => {}
                 failed => return Some(self.failed("Pod can't be taken out of the mesh yet", failed.ok())),
@@ -279,8 +282,9 @@ impl<S: Stages> Keeper<S> {
     /// Ends the service, closes what is carried, and takes everything away from the pod. Gives the time until the next try,
     /// `None` when it is done.
     async fn withdraw(&mut self) -> Option<Duration> {
+        self.shared.stages.captured(&self.uid, false).await;
         self.end_service().await;
-        let cut = self.shared.stages.cut(&self.uid);
+        let cut = self.shared.stages.cut(&self.uid).await;
         if cut > 0 {
             tracing::info!(uid = %self.uid, cut, "Connections of a pod that is gone were cut");
             let deadline = Instant::now() + limits::CUT_WAIT;

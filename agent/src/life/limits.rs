@@ -360,8 +360,10 @@ pub const LANE_PATHS: usize = 65_536;
 /// Paths that are proven at a time (paths), and how long one may take (duration).
 pub const LANE_PROOFS: usize = 8;
 pub const LANE_PROOF: Duration = Duration::from_secs(5);
-/// When a path that could not be proven is tried again, if it is missed (duration).
-pub const LANE_PATH_RETRY: Duration = Duration::from_secs(60);
+/// When a path that could not be proven is tried again, if it is missed (duration), doubled each time: while a neighbour's old link address
+/// is still believed, nothing arrives for some seconds.
+pub const LANE_PATH_RETRY_MIN: Duration = Duration::from_secs(1);
+pub const LANE_PATH_RETRY_MAX: Duration = Duration::from_secs(60);
 /// How often the kernel's counts of denied connections are read (duration), while there are any.
 pub const LANE_POLL: Duration = Duration::from_secs(1);
 /// How long closing the lane's connections may take (duration): thousands take milliseconds.

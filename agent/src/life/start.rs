@@ -16,13 +16,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    admin::{AdminError, Answers, CertificateLine, ConnectionLine, PodLine, Socket, Status},
+    admin::{AdminError, Answers, CertificateLine, ConnectionLine, PathLine, PodLine, Socket, Status},
     budget::{Budget, Machine, memory_available},
     config::Config,
     drain::drain,
-    enrol::Enrolment,
+    enrol::{Enrolment, Journey},
     http,
     keeper::Pods,
+    lane::{Lane, Told},
     limits,
     proof::Prover,
     readiness::{self, Blocker, Readiness},
@@ -167,15 +168,23 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
         trust_domain: config.trust_domain.clone(),
         lifetime: config.certificate_lifetime,
     })?;
+    let rules = Arc::new(ArcSwap::from_pointee(Rulebook::compile(&view.load())));
+    let (lane, misses) = Lane::new(
+        capture.lane(),
+        Arc::clone(&rules),
+        Arc::clone(&telemetry) as Arc<dyn Told>,
+        config.trust_domain.clone(),
+        Arc::clone(&config.node),
+    );
     let context = Context {
         capture,
         cluster: view.clone(),
         certificates,
-        rules: Arc::new(ArcSwap::from_pointee(Rulebook::compile(&view.load()))),
+        rules,
         registry: Registry::default(),
         observer: Arc::clone(&telemetry) as Arc<dyn Observer>,
         budget,
-        lane: Arc::new(()),
+        lane: Arc::new(lane.clone()),
         cluster_id: Arc::clone(&config.cluster_id),
         node: Arc::clone(&config.node),
     };
@@ -186,6 +195,7 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
         problems: source.problems(),
         readiness: readiness.clone(),
         telemetry: Arc::clone(&telemetry),
+        lane: lane.clone(),
     };
     tokio::spawn(http::serve(
         metrics,
@@ -196,7 +206,9 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
     let admin = tokio::spawn(admin.serve(known.answers(), serving.clone()));
 
     let stop = CancellationToken::new();
-    let enrolment = Enrolment::new(context.clone(), Arc::clone(&config.node), pods, enrolling, stop.clone());
+    tokio::spawn(lane.clone().follow(misses, stop.clone()));
+    let journey = Journey { tunnel: context.clone(), lane };
+    let enrolment = Enrolment::new(journey, Arc::clone(&config.node), pods, enrolling, stop.clone());
     let enrolment = tokio::spawn(enrolment.run(view.clone()));
     tokio::spawn(first_certificate(context.certificates.clone(), readiness.clone(), certifying));
     tokio::spawn(learn(Arc::clone(&telemetry), view.clone(), stop.clone()));
@@ -273,6 +285,7 @@ struct Known {
     problems: tokio::sync::watch::Receiver<Arc<[cluster::Problem]>>,
     readiness: Readiness,
     telemetry: Arc<Telemetry>,
+    lane: Lane<capture::Lane>,
 }
 
 impl Known {
@@ -291,11 +304,13 @@ impl Known {
             (self.context.clone(), self.context.clone(), self.context.clone(), self.context.clone());
         let gaps = self.context.clone();
         let (lane, lost) = (self.context.capture.lane(), self.context.capture.lane());
+        let decisions = self.lane.clone();
         let (pods, problems) = (self.pods.clone(), self.problems.clone());
         Sources {
             live: Box::new(move || live.registry.live()),
             lane: Box::new(move || records::table(&lane)),
             lane_lost: Box::new(move || lost.events_lost()),
+            verdicts: Box::new(move || decisions.report().counts),
             pods: Box::new(move || Self::pods(&capture, &pods)),
             certificates: Box::new(move || certificates.certificates.list()),
             manifest_problems: Box::new(move || problems.borrow().len()),
@@ -342,7 +357,9 @@ impl Known {
             }),
             status: Box::new(move || {
                 let waiting_for = self.readiness.waiting_for();
-                let mut pods: Vec<_> = Self::pods(&self.context, &self.pods).iter().map(PodLine::from).collect();
+                let lane = self.lane.report();
+                let line = |pod: &PodReport| PodLine::new(pod, lane.pods.get(&pod.uid));
+                let mut pods: Vec<_> = Self::pods(&self.context, &self.pods).iter().map(line).collect();
                 pods.sort_by(|one, other| (&one.namespace, &one.name).cmp(&(&other.namespace, &other.name)));
                 let rules = self.context.rules.load();
                 Status {
@@ -351,6 +368,7 @@ impl Known {
                     ready: waiting_for.is_empty(),
                     waiting_for: waiting_for.into_iter().map(Cow::into_owned).collect(),
                     pods,
+                    unproven_paths: lane.paths.iter().map(PathLine::from).collect(),
                     manifest_problems: self
                         .problems
                         .borrow()

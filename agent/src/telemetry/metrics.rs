@@ -22,6 +22,7 @@ use super::{
     pressure, process,
     traffic::Traffic,
     tunnels::Tunnels,
+    verdicts::{self, VerdictCounts},
 };
 use crate::{
     cluster::PolicyKind,
@@ -38,6 +39,8 @@ pub struct Sources {
     pub lane: Box<dyn Fn() -> Option<Vec<(Tuple, Attestation)>> + Send + Sync>,
     /// Records of the kernel lane that found no room, of the pods that are enrolled.
     pub lane_lost: Box<dyn Fn() -> u64 + Send + Sync>,
+    /// What the kernel lane's decisions come to.
+    pub verdicts: Box<dyn Fn() -> VerdictCounts + Send + Sync>,
     pub pods: Box<dyn Fn() -> Vec<PodReport> + Send + Sync>,
     pub certificates: Box<dyn Fn() -> Vec<CertificateStatus> + Send + Sync>,
     /// Manifest objects that are not in force as written.
@@ -183,6 +186,7 @@ impl Metrics {
         families.extend(self.open_families());
         families.extend(self.tunnels.families(&sources.pool));
         families.extend(self.lane.lost((sources.lane_lost)()));
+        families.extend(verdicts::families(&(sources.verdicts)()));
         families.extend(process::runtime_families());
         families.extend(policy_family(&(sources.policy_problems)()));
         families.extend(certificate_family(&(sources.certificates)()));

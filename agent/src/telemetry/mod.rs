@@ -16,6 +16,7 @@ mod suppress;
 mod tests;
 mod traffic;
 mod tunnels;
+mod verdicts;
 
 use std::{
     collections::HashSet,
@@ -29,6 +30,7 @@ pub use lane::{Around, Lane, LaneConnection};
 pub use metrics::{Sources, direction_name, seconds_until, security_name};
 pub use pods::{PodReport, named};
 pub use spans::{Export, Exporting};
+pub use verdicts::VerdictCounts;
 
 use crate::{
     capture::TcpHealth,

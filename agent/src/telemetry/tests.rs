@@ -14,7 +14,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    AccessLog, Format, PodReport, Record, Sources, Telemetry,
+    AccessLog, Format, PodReport, Record, Sources, Telemetry, VerdictCounts,
     metrics::Metrics,
     traffic::{NO_FLAGS, Traffic},
 };
@@ -330,6 +330,7 @@ pub(super) fn sources(live: Vec<Arc<Connection>>) -> Sources {
         live: Box::new(move || live.clone()),
         lane: Box::new(|| None),
         lane_lost: Box::new(|| 3),
+        verdicts: Box::new(|| VerdictCounts { allowed: 5, denied: 2, misses: 9, ..VerdictCounts::default() }),
         pods: Box::new(|| {
             let pod = |name: &str, state| PodReport {
                 uid: name.into(),
@@ -400,6 +401,11 @@ fn a_scrape_tells_what_every_stage_knows() {
         "heddle_pool_connections_closed_total{reason=\"idle\"} 0",
         "heddle_policy_gaps 1",
         "heddle_lane_events_lost_total 3",
+        "heddle_lane_verdicts{action=\"allow\"} 5",
+        "heddle_lane_verdicts{action=\"deny\"} 2",
+        "heddle_lane_misses_total 9",
+        "heddle_lane_table_full_total 0",
+        "heddle_lane_paths_unproven 0",
         "heddle_lane_tcp_retransmissions_total{direction=\"inbound\"} 0",
         "heddle_connections_open{direction=\"outbound\",security=\"kernel_attested\"} 0",
         "heddle_budget_used{resource=\"descriptors\"} 2",

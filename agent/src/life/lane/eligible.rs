@@ -4,9 +4,9 @@ use std::{cell::RefCell, collections::HashMap, net::IpAddr, sync::Arc};
 
 use heddle_common::Pair;
 
-use super::{kernel::LaneFault, paths::Paths};
+use super::paths::Paths;
 use crate::{
-    capture::ResidentPod,
+    capture::{LaneFault, ResidentPod},
     cluster::{SameNode, Snapshot, Workload},
     identity::{SpiffeId, TrustDomain},
     policy::{self, Denial, Ends, Rulebook, Verdict},

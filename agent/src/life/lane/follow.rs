@@ -10,10 +10,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     handle::{Lane, Misses},
-    kernel::{Kernel, LaneFault},
+    kernel::Kernel,
     table::Unproven,
 };
-use crate::life::limits;
+use crate::{capture::LaneFault, life::limits};
 
 impl<K: Kernel> Lane<K> {
     /// Runs until `stop`. What the kernel holds stays.

@@ -17,14 +17,22 @@ use tokio::{
 };
 
 use super::{
-    kernel::{Kernel, LaneFault},
+    kernel::Kernel,
     pairs::Seen,
     report::{PathFault, Report, switch},
     revoke::Forbidden,
     table::{Table, Unproven},
     told::Told,
 };
-use crate::{capture::CaptureError, cluster::Snapshot, identity::TrustDomain, life::limits, policy::Rulebook, tunnel};
+use crate::{
+    capture::{CaptureError, LaneFault},
+    cluster::Snapshot,
+    identity::TrustDomain,
+    life::limits,
+    policy::Rulebook,
+    telemetry::VerdictCounts,
+    tunnel,
+};
 
 /// Connections without a verdict, on their way to be learnt from.
 pub(super) type Misses = mpsc::Receiver<Seen>;
@@ -69,19 +77,19 @@ impl<K: Kernel> Lane<K> {
     }
 
     /// Compiles the snapshot's rules and puts them in force, for the kernel first. Gives the lane's open connections that they deny,
-    /// for [`Lane::end`].
-    ///
-    /// # Errors
-    /// When the kernel's tables could not be read or written. The rules are in force all the same.
-    pub async fn enforce(&self, snapshot: Arc<Snapshot>) -> Result<Doomed, CaptureError> {
+    /// for [`Lane::end`], and whether the kernel's tables are as they should be: the rules are in force all the same.
+    pub async fn enforce(&self, snapshot: Arc<Snapshot>) -> (Doomed, Result<(), CaptureError>) {
         let rules = Arc::clone(&self.0.rules);
         self.locked(move |table| {
             let compiled = Arc::new(Rulebook::compile(&snapshot));
             let changed = table.change(snapshot, Arc::clone(&compiled), || rules.store(compiled));
-            let doomed = table.forbidden()?;
-            changed.map(|()| Doomed(doomed))
+            match table.forbidden() {
+                Ok(doomed) => (Doomed(doomed), changed),
+                Err(error) => (Doomed::default(), changed.and(Err(error))),
+            }
         })
-        .await?
+        .await
+        .unwrap_or_else(|error| (Doomed::default(), Err(error)))
     }
 
     /// Closes them, and tells why. Gives how many were closed.
@@ -161,19 +169,20 @@ impl<K: Kernel> Lane<K> {
             detail: fault.to_string(),
         };
         let counts = table.counts();
-        Report {
-            pods: pods.collect(),
-            paths: table.faults().into_iter().map(fault).collect(),
-            pairs,
-            allowed,
-            denied,
+        let paths: Vec<_> = table.faults().into_iter().map(fault).collect();
+        let counts = VerdictCounts {
+            pairs: pairs as u64,
+            allowed: allowed as u64,
+            denied: denied as u64,
+            unproven_paths: paths.len() as u64,
             misses: counts.misses,
             unheard: self.0.unheard.load(Ordering::Relaxed),
             full: counts.full,
             exhausted: counts.exhausted,
             forgotten: counts.forgotten,
             failed: counts.failed,
-        }
+        };
+        Report { pods: pods.collect(), paths, counts }
     }
 
     pub(super) async fn learn(&self, misses: Vec<Seen>) -> Vec<Unproven> {
@@ -218,7 +227,7 @@ impl<K: Kernel> Lane<K> {
 }
 
 /// Open connections that are to be closed.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 #[must_use = "they are open until they are ended"]
 pub struct Doomed(Vec<Forbidden>);
 

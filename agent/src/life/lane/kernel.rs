@@ -4,25 +4,7 @@ use std::collections::HashMap;
 
 use heddle_common::{Attestation, LocalEndpoints, Pair, ServicePort, Tuple, Verdict};
 
-use crate::capture::{CaptureError, ResidentPod};
-
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum LaneFault {
-    #[error("no cookie")]
-    NoNetnsCookie,
-    #[error("{0}")]
-    Probe(String),
-}
-
-impl LaneFault {
-    #[must_use]
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::NoNetnsCookie => "no_netns_cookie",
-            Self::Probe(_) => "probe",
-        }
-    }
-}
+use crate::capture::{self, CaptureError, LaneFault, ResidentPod};
 
 /// What is asked of the kernel. Each call is one system call per entry, unless it says otherwise.
 pub trait Kernel: Clone + Send + Sync + std::fmt::Debug + 'static {
@@ -50,4 +32,54 @@ pub trait Kernel: Clone + Send + Sync + std::fmt::Debug + 'static {
     fn prove_device(&self, uid: &str) -> impl Future<Output = Result<(), LaneFault>> + Send;
     /// Shows that packets from one pod reach the other on this host and as they were sent; by uid.
     fn prove_path(&self, source: &str, destination: &str) -> impl Future<Output = Result<(), LaneFault>> + Send;
+}
+
+impl Kernel for capture::Lane {
+    fn residents(&self) -> Vec<ResidentPod> {
+        Self::residents(self)
+    }
+
+    fn pinned(&self) -> Result<Vec<ResidentPod>, CaptureError> {
+        Self::pinned(self)
+    }
+
+    fn verdicts(&self) -> Result<Vec<(Pair, Verdict)>, CaptureError> {
+        Self::verdicts(self)
+    }
+
+    fn put_verdict(&self, pair: Pair, verdict: Verdict) -> Result<bool, CaptureError> {
+        Self::put_verdict(self, pair, verdict)
+    }
+
+    fn remove_verdict(&self, pair: &Pair) -> Result<(), CaptureError> {
+        Self::remove_verdict(self, pair)
+    }
+
+    fn denials(&self) -> Result<Vec<u64>, CaptureError> {
+        Self::denials(self)
+    }
+
+    fn denial(&self, counter: u32) -> Result<u64, CaptureError> {
+        Self::denial(self, counter)
+    }
+
+    fn set_services(&self, wanted: &HashMap<ServicePort, LocalEndpoints>) -> Result<(), CaptureError> {
+        Self::set_services(self, wanted)
+    }
+
+    fn connections(&self) -> Result<Vec<(Tuple, Attestation)>, CaptureError> {
+        Self::connections(self)
+    }
+
+    async fn destroy(&self, doomed: Vec<(Tuple, Attestation)>) -> usize {
+        Self::destroy(self, &doomed).await
+    }
+
+    async fn prove_device(&self, uid: &str) -> Result<(), LaneFault> {
+        Self::prove_device(self, uid).await
+    }
+
+    async fn prove_path(&self, source: &str, destination: &str) -> Result<(), LaneFault> {
+        Self::prove_path(self, source, destination).await
+    }
 }

@@ -2,17 +2,23 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use super::kernel::LaneFault;
-use crate::life::limits;
+use crate::{capture::LaneFault, life::limits};
 
 #[derive(Debug)]
 enum Path {
-    UnderWay,
+    /// With the pause before the next try, should this one fail.
+    UnderWay {
+        pause: Duration,
+    },
     Proven,
-    Failed { fault: LaneFault, at: Instant },
+    Failed {
+        fault: LaneFault,
+        due: Instant,
+        pause: Duration,
+    },
 }
 
 /// Paths by the ids of source and destination.
@@ -24,23 +30,23 @@ impl Paths {
         matches!(self.0.get(&ids), Some(Path::Proven))
     }
 
-    /// Whether it is to be tried now; then it counts as under way. One that failed is left alone for a while.
+    /// Whether it is to be tried now; then it counts as under way. One that failed is left alone for a while, longer each time.
     pub fn begin(&mut self, ids: (u64, u64), now: Instant) -> bool {
-        let due = match self.0.get(&ids) {
-            None => self.0.len() < limits::LANE_PATHS,
-            Some(Path::UnderWay | Path::Proven) => false,
-            Some(Path::Failed { at, .. }) => now.duration_since(*at) >= limits::LANE_PATH_RETRY,
+        let pause = match self.0.get(&ids) {
+            None if self.0.len() < limits::LANE_PATHS => limits::LANE_PATH_RETRY_MIN,
+            Some(Path::Failed { due, pause, .. }) if *due <= now => (*pause * 2).min(limits::LANE_PATH_RETRY_MAX),
+            _ => return false,
         };
-        if due {
-            self.0.insert(ids, Path::UnderWay);
-        }
-        due
+        self.0.insert(ids, Path::UnderWay { pause });
+        true
     }
 
     pub fn end(&mut self, ids: (u64, u64), result: Result<(), LaneFault>, now: Instant) {
-        let path = match result {
-            Ok(()) => Path::Proven,
-            Err(fault) => Path::Failed { fault, at: now },
+        let path = match (result, self.0.get(&ids)) {
+            (Ok(()), _) => Path::Proven,
+            (Err(fault), Some(Path::UnderWay { pause })) => Path::Failed { fault, due: now + *pause, pause: *pause },
+            // Its pods are gone.
+            (Err(_), _) => return,
         };
         self.0.insert(ids, path);
     }
@@ -70,13 +76,30 @@ mod tests {
         assert!(!paths.begin((1, 2), start), "under way");
         assert!(paths.begin((2, 1), start), "the way back is another path");
         paths.end((1, 2), Err(LaneFault::Probe("no answer".into())), start);
-        assert!(!paths.proven((1, 2)) && !paths.begin((1, 2), start + limits::LANE_PATH_RETRY / 2));
+        assert!(!paths.proven((1, 2)) && !paths.begin((1, 2), start + limits::LANE_PATH_RETRY_MIN / 2));
         assert_eq!(paths.failed().map(|(ids, fault)| (ids, fault.reason())).collect::<Vec<_>>(), [((1, 2), "probe")]);
-        assert!(paths.begin((1, 2), start + limits::LANE_PATH_RETRY));
+        assert!(paths.begin((1, 2), start + limits::LANE_PATH_RETRY_MIN));
         paths.end((1, 2), Ok(()), start);
-        assert!(paths.proven((1, 2)) && !paths.begin((1, 2), start + 2 * limits::LANE_PATH_RETRY));
+        assert!(paths.proven((1, 2)) && !paths.begin((1, 2), start + 2 * limits::LANE_PATH_RETRY_MAX));
         paths.retain(&HashSet::from([1]));
         assert!(!paths.proven((1, 2)));
+    }
+
+    #[test]
+    fn the_pause_doubles_up_to_its_end() {
+        let (mut paths, mut now) = (Paths::default(), Instant::now());
+        let mut pauses = Vec::new();
+        assert!(paths.begin((1, 2), now));
+        for _ in 0..10 {
+            paths.end((1, 2), Err(LaneFault::Probe("no answer".into())), now);
+            let failed = now;
+            while !paths.begin((1, 2), now) {
+                now += Duration::from_millis(500);
+            }
+            pauses.push(now - failed);
+        }
+        assert_eq!(pauses[..3], [1, 2, 4].map(|times| times * limits::LANE_PATH_RETRY_MIN));
+        assert_eq!(pauses.last(), Some(&limits::LANE_PATH_RETRY_MAX));
     }
 
     #[test]

@@ -2,28 +2,20 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use super::{eligible::asks_for_tls, kernel::LaneFault};
-use crate::{capture::ResidentPod, cluster::Workload};
+use super::eligible::asks_for_tls;
+use crate::{
+    capture::{LaneFault, ResidentPod},
+    cluster::Workload,
+    telemetry::VerdictCounts,
+};
 
-/// The lane at one moment, and what has happened since the start.
+/// The lane at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {
     /// The attached pods of the node by uid.
     pub pods: HashMap<Arc<str>, Switch>,
     pub paths: Vec<PathFault>,
-    /// Pairs that are remembered, and verdicts that the kernel holds.
-    pub pairs: usize,
-    pub allowed: usize,
-    pub denied: usize,
-    /// Connections that came to the agent for want of a verdict, and those of them that were too many to be learnt from.
-    pub misses: u64,
-    pub unheard: u64,
-    /// Verdicts that found the kernel's table full, that found no counter, and that went with forgotten pairs.
-    pub full: u64,
-    pub exhausted: u64,
-    pub forgotten: u64,
-    /// System calls that failed.
-    pub failed: u64,
+    pub counts: VerdictCounts,
 }
 
 /// Whether a pod's connections may take the lane: on, or why not.

@@ -16,14 +16,14 @@ use heddle_common::{LocalEndpoints, Pair, ServicePort, Verdict, verdict};
 use super::{
     counters::{Counters, Denied},
     eligible::{Captured, Decision, Ineligible, World},
-    kernel::{Kernel, LaneFault},
+    kernel::Kernel,
     pairs::{Held, Pairs, Pods, Seen},
     paths::Paths,
     revoke::{self, Forbidden},
     services::services,
 };
 use crate::{
-    capture::{CaptureError, ResidentPod},
+    capture::{CaptureError, LaneFault, ResidentPod},
     cluster::{Snapshot, Workload},
     identity::TrustDomain,
     life::limits,

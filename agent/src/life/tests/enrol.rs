@@ -32,6 +32,7 @@ struct Inner {
     hang: HashSet<String>,
     carried: HashMap<String, usize>,
     served: HashSet<String>,
+    proven: HashSet<String>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -79,8 +80,8 @@ impl Fake {
 }
 
 impl Stages for Fake {
-    fn enforce(&self, snapshot: &Snapshot) {
-        self.note(format!("rules {}", snapshot.generation));
+    async fn enforce(&self, snapshot: Arc<Snapshot>) -> Result<(), CaptureError> {
+        self.step(format!("rules {}", snapshot.generation)).await
     }
 
     fn keep_identities(&self, of: &[Arc<Workload>]) {
@@ -123,11 +124,20 @@ impl Stages for Fake {
         }
     }
 
+    async fn captured(&self, uid: &Arc<str>, proven: bool) {
+        let mut inner = self.0.lock().unwrap();
+        // Only what changes is of interest.
+        let changed = if proven { inner.proven.insert(uid.to_string()) } else { inner.proven.remove(&**uid) };
+        if changed {
+            inner.done.push(format!("{} {uid}", if proven { "lane" } else { "no lane" }));
+        }
+    }
+
     fn carried(&self, uid: &str) -> usize {
         self.0.lock().unwrap().carried.get(uid).copied().unwrap_or_default()
     }
 
-    fn cut(&self, uid: &str) -> usize {
+    async fn cut(&self, uid: &str) -> usize {
         let cut = self.0.lock().unwrap().carried.remove(uid).unwrap_or_default();
         if cut > 0 {
             self.note(format!("cut {uid} {cut}"));
@@ -284,6 +294,32 @@ async fn what_fails_is_tried_again_until_it_works() {
 }
 
 #[tokio::test]
+async fn rules_that_the_kernel_did_not_take_whole_are_tried_again_and_hold_up_nothing() {
+    let fake = Fake::default();
+    fake.fails("rules 1", 1);
+    let running = Running::start(&fake, snapshot(1, [pod("a")]));
+    running.until("captured", |running| running.state("a") == Some((true, ""))).await;
+    running.until("again", |running| running.fake.has("rules 1")).await;
+    in_order(&running.fake, &["failed rules 1", "destinations 1", "rules 1"]);
+    running.end().await;
+}
+
+#[tokio::test]
+async fn a_pod_whose_proof_fails_loses_the_lane_and_one_of_a_stopping_agent_does_not() {
+    let running = Running::start(&Fake::default(), snapshot(1, [pod("a"), pod("b")]));
+    for uid in ["a", "b"] {
+        running.until("captured", |running| running.state(uid) == Some((true, ""))).await;
+    }
+    running.fake.fails("prove a", 1);
+    // A change of the pod is tried at once.
+    running.snapshots.send(snapshot(2, [Workload { ready: false, ..pod("a") }, pod("b")])).unwrap();
+    running.until("lost", |running| running.fake.has("no lane a")).await;
+    running.until("back", |running| running.fake.count("lane a") == 2).await;
+    let fake = running.end().await;
+    assert_eq!((fake.count("no lane a"), fake.count("no lane b")), (1, 0));
+}
+
+#[tokio::test]
 async fn without_destinations_no_pod_is_captured() {
     let fake = Fake::default();
     fake.fails("destinations 1", usize::MAX);
@@ -303,7 +339,10 @@ async fn a_gone_pod_is_cut_and_withdrawn_and_forgotten() {
     running.fake.0.lock().unwrap().carried.insert("a".to_owned(), 3);
     running.snapshots.send(snapshot(2, [])).unwrap();
     running.until("forgotten", |running| running.state("a").is_none()).await;
-    in_order(&running.fake, &["rules 2", "destinations 0", "stop a", "cut a 3", "failed withdraw a", "withdraw a"]);
+    in_order(
+        &running.fake,
+        &["rules 2", "destinations 0", "no lane a", "stop a", "cut a 3", "failed withdraw a", "withdraw a"],
+    );
     running.until("identities dropped", |running| running.fake.has("identities ")).await;
     running.end().await;
 }
@@ -317,7 +356,7 @@ async fn a_pod_that_leaves_the_mesh_is_released_at_once_and_keeps_its_connection
     running.fake.0.lock().unwrap().carried.insert("a".to_owned(), 1);
     running.snapshots.send(snapshot(2, [Workload { enrolled: false, ..pod("a") }])).unwrap();
     running.until("forgotten", |running| running.state("a").is_none()).await;
-    in_order(&running.fake, &["rules 2", "failed release a", "release a", "stop a"]);
+    in_order(&running.fake, &["prove a", "lane a", "rules 2", "no lane a", "failed release a", "release a", "stop a"]);
     assert!(!running.fake.has("withdraw a") && !running.fake.has("cut a 1"));
     running.fake.0.lock().unwrap().carried.clear();
     running.until("withdrawn", |running| running.fake.has("withdraw a")).await;

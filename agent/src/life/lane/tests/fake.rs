@@ -8,8 +8,8 @@ use std::{
 use heddle_common::{Attestation, LocalEndpoints, Pair, ServicePort, Tuple, Verdict};
 
 use crate::{
-    capture::{CaptureError, ResidentPod},
-    life::lane::kernel::{Kernel, LaneFault},
+    capture::{CaptureError, LaneFault, ResidentPod},
+    life::lane::kernel::Kernel,
 };
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -60,7 +60,9 @@ impl World {
         let (lane, misses) = Lane::new(kernel.clone(), Arc::clone(&rules), told, domain, "node-1".into());
         let stop = CancellationToken::new();
         let task = tokio::spawn(lane.clone().follow(misses, stop.clone()));
-        assert_eq!(lane.enforce(snapshot(policies)).await.unwrap().len(), 0);
+        let (doomed, result) = lane.enforce(snapshot(policies)).await;
+        result.unwrap();
+        assert!(doomed.is_empty());
         for id in 1..=4 {
             lane.capture(&uid(id), true).await;
         }
@@ -94,7 +96,7 @@ async fn a_miss_proves_the_path_once_and_gives_the_kernel_a_verdict() {
     world.lane.missed(&uid(1), &uid(2), 81);
     world.until("another", |world| world.held() == 2).await;
     assert_eq!(world.kernel.inner().proofs, 1);
-    let report = world.lane.report();
+    let report = world.lane.report().counts;
     assert_eq!((report.pairs, report.allowed, report.denied, report.misses), (2, 2, 0, 2));
     world.end().await;
 }
@@ -136,7 +138,8 @@ async fn connections_that_a_change_denies_are_told_of_and_then_closed_in_time() 
     two.labels.insert("app".into(), "two".into());
     next.workloads.insert(uid(2), Arc::new(two));
     let start = Instant::now();
-    let doomed = world.lane.enforce(Arc::new(next)).await.unwrap();
+    let (doomed, result) = world.lane.enforce(Arc::new(next)).await;
+    result.unwrap();
     assert_eq!(world.lane.end(doomed).await, 500);
     assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
     let told = world.heard.revoked.lock().unwrap().clone();

@@ -16,13 +16,13 @@ use proptest::{prelude::*, sample::select};
 
 use super::fake::{Fake, Operation};
 use crate::{
-    capture::{ResidentPod, WorkloadId},
+    capture::{LaneFault, ResidentPod, WorkloadId},
     cluster::{
         PolicyGap, SameNode, Snapshot, Workload,
         kinds::{AuthorizationPolicy, PeerAuthentication},
     },
     identity::{SpiffeId, TrustDomain},
-    life::lane::{kernel::LaneFault, table::Table},
+    life::lane::table::Table,
     policy::{
         Denial, Request, Rulebook, decide,
         tests::{
@@ -234,8 +234,9 @@ impl Test {
     }
 
     fn learn(&mut self, misses: &[(usize, usize, u16)]) {
-        let uid =
-            |at: usize| self.pods[at].as_ref().filter(|pod| pod.id.is_some()).map(|pod| Arc::clone(&pod.workload.uid));
+        // Nobody else's connections can come to the agent.
+        let known = |pod: &&Pod| pod.live || self.inherited.contains(&pod.workload.uid);
+        let uid = |at: usize| self.pods[at].as_ref().filter(known).map(|pod| Arc::clone(&pod.workload.uid));
         let mut seen = Vec::new();
         for (from, to, port) in misses {
             let (Some(from), Some(to)) = (uid(*from), uid(*to)) else { continue };
@@ -273,6 +274,10 @@ impl Test {
         let enrolled = |uid: &Arc<str>| snapshot.workloads.get(uid).is_some_and(|workload| workload.enrolled);
         self.captured.retain(|uid, _| there(uid) && (enrolled(uid) || !self.inherited.contains(uid)));
         self.inherited.retain(enrolled);
+        // What was shown of a pod that is not known any more is forgotten.
+        let known = |pod: &&Pod| pod.live || self.inherited.contains(&pod.workload.uid);
+        let ids: HashSet<u64> = self.pods.iter().flatten().filter(known).filter_map(|pod| pod.id).collect();
+        self.proven.retain(|(from, to)| ids.contains(from) && ids.contains(to));
         self.learnt.retain(|(from, to, _)| there(from) && there(to));
         self.kernel.inner().done.clear();
         let mut table = std::mem::replace(&mut self.table, Table::new(self.kernel.clone(), trust_domain(), "".into()));

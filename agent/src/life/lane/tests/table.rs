@@ -6,10 +6,10 @@ use heddle_common::{Address, Attestation, Pair, Tuple, Verdict, attested_by, ver
 
 use super::fake::{Fake, Operation};
 use crate::{
-    capture::{ResidentPod, WorkloadId},
+    capture::{LaneFault, ResidentPod, WorkloadId},
     cluster::{PolicyGap, Snapshot, Workload},
     life::{
-        lane::{kernel::LaneFault, pairs::Seen, table::Table},
+        lane::{pairs::Seen, table::Table},
         limits,
     },
     policy::{Denial, Rulebook, tests::authorization},
@@ -145,7 +145,8 @@ fn a_full_table_is_counted_and_asked_once() {
 fn without_a_counter_the_agent_denies() {
     let kernel = kernel(10, 1);
     let mut table = started(&kernel, &[DENY_80]);
-    learn(&mut table, &[seen(1, 2, 80), seen(1, 3, 80), seen(1, 3, 81)]);
+    learn(&mut table, &[seen(1, 2, 80)]);
+    learn(&mut table, &[seen(1, 3, 80), seen(1, 3, 81)]);
     assert_eq!((held(&kernel).len(), table.counts().exhausted), (2, 1), "one denied, one allowed");
     // The counter of a pair that is gone is read for it, and serves the other.
     kernel.inner().denials[0] = 5;
@@ -196,7 +197,7 @@ fn a_path_that_is_not_straight_is_told_of_and_has_no_verdict() {
     assert_eq!(held(&kernel), []);
     let faults = table.faults();
     assert_eq!((&*faults[0].0.name, &*faults[0].1.name, faults[0].2.reason()), ("pod-1", "pod-2", "probe"));
-    let asked = table.learn(&[seen(1, 2, 80)], now + limits::LANE_PATH_RETRY);
+    let asked = table.learn(&[seen(1, 2, 80)], now + limits::LANE_PATH_RETRY_MIN);
     table.path(&asked[0], Ok(()), now);
     assert_eq!((held(&kernel).len(), table.faults().len()), (1, 0));
 }
