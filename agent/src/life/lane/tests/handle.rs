@@ -14,6 +14,7 @@ use super::{
     table::{DENY_ALL, connection, kernel, snapshot, uid},
 };
 use crate::{
+    cluster::Snapshot,
     life::lane::{Denied, Lane, Switch, Told},
     policy::{Denial, Rulebook},
     tunnel::Lane as _,
@@ -131,9 +132,12 @@ async fn connections_that_a_change_denies_are_told_of_and_then_closed_in_time() 
     world.kernel.inner().connections =
         (0..1_000).map(|client| connection(1, if client % 2 == 0 { 2 } else { 3 }, 80, 10_000 + client)).collect();
     let only_two = "{action: DENY, selector: {matchLabels: {app: two}}, rules: [{}]}";
-    let mut next = crate::cluster::Snapshot::default();
-    next.workloads = snapshot(&[]).workloads.clone();
-    next.authorization_policies = snapshot(&[("shop/two", only_two)]).authorization_policies.clone();
+    let with = snapshot(&[("shop/two", only_two)]);
+    let mut next = Snapshot {
+        workloads: with.workloads.clone(),
+        authorization_policies: with.authorization_policies.clone(),
+        ..Snapshot::default()
+    };
     let mut two = (*next.workloads[&uid(2)]).clone();
     two.labels.insert("app".into(), "two".into());
     next.workloads.insert(uid(2), Arc::new(two));
