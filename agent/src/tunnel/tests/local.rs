@@ -325,7 +325,8 @@ async fn what_the_kernel_vouches_for_is_authenticated_and_nothing_else_is() {
     world.rules.store(Arc::new(Rulebook::compile(&strict())));
     let asked = || world.b.pod.edge.asked.load(std::sync::atomic::Ordering::Relaxed);
     let before = asked();
-    let changes: [(&str, fn(&mut Workload)); 3] = [
+    type Change = fn(&mut Workload);
+    let changes: [(&str, Change); 3] = [
         ("mtls", |pod| pod.same_node = SameNode::Mtls),
         ("elsewhere", |pod| pod.node = "node-2".into()),
         ("outside", |pod| pod.enrolled = false),

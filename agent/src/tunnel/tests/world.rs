@@ -298,9 +298,12 @@ impl Served {
 
 const MACHINE: Machine = Machine { descriptors: 20_000, memory: 1 << 34 };
 
+/// Source and destination by uid, and the destination's port.
+type Miss = (Arc<str>, Arc<str>, u16);
+
 /// Who connected to whom without a verdict.
 #[derive(Debug, Default)]
-pub struct Missed(pub Mutex<Vec<(Arc<str>, Arc<str>, u16)>>);
+pub struct Missed(pub Mutex<Vec<Miss>>);
 
 impl Lane for Missed {
     fn missed(&self, source: &Arc<str>, destination: &Arc<str>, port: u16) {
