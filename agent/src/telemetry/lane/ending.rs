@@ -27,9 +27,16 @@ pub(super) enum Ending {
     Denied(Denial),
 }
 
-/// Whether the handshake was complete, for either side.
+/// Whether the app's socket has taken it. Where the source alone thinks so, the agent may have taken it for want of a verdict, and
+/// tells of it.
+pub(super) fn accepted(attestation: &Attestation) -> bool {
+    attestation.destination_state & side::ESTABLISHED != 0
+}
+
+/// Whether an ended connection could carry something. An app whose listener was made outside its pod's cgroup acknowledges
+/// bytes without a word of the handshake.
 pub(super) fn established(attestation: &Attestation) -> bool {
-    (attestation.source_state | attestation.destination_state) & side::ESTABLISHED != 0
+    accepted(attestation) || attestation.sent > 0
 }
 
 impl Ending {
@@ -112,6 +119,7 @@ mod tests {
             (DONE, UP | side::CLOSED, 0, "app_reset"),
             (UP | side::CLOSED, UP | side::CLOSED, 0, "reset"),
             (side::CLOSED, 0, 0, "refused"),
+            (UP | side::CLOSED, 0, 3, "no_answer"),
             (side::CLOSED, 0, 6, "no_answer"),
         ] {
             let ending = ended(source, destination, retransmissions);
@@ -122,7 +130,7 @@ mod tests {
             assert_eq!(reason, expected);
             assert_eq!(
                 ending.plain().is_some(),
-                source & UP != 0,
+                destination & UP != 0,
                 "{expected}: only what carried bytes has an outline"
             );
         }

@@ -11,7 +11,7 @@ use heddle_common::{Attestation, Ended, Tuple, attested_by};
 
 use super::{
     Around,
-    ending::{Ending, established},
+    ending::{Ending, accepted, established},
     names::Names,
     pair::{Key, Pair, client},
 };
@@ -186,7 +186,7 @@ impl Ledger {
         let Some(around) = self.around.clone() else { return };
         self.looks += 1;
         for (tuple, attestation) in table {
-            if attestation.by != attested_by::KERNEL || !established(attestation) {
+            if attestation.by != attested_by::KERNEL || !accepted(attestation) {
                 continue;
             }
             let name = (attestation.id, attestation.opened);

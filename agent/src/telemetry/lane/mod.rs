@@ -3,7 +3,8 @@
 //!
 //! Beside the journey: the agent sees none of their bytes. The kernel keeps a table of those that go on and writes a record at
 //! each one's end; [`Lane`] is given both and tells each connection twice, as its source and as its destination would. It
-//! never touches a connection, and nothing waits for it.
+//! never touches a connection, and nothing waits for it. So a connection that was too short for any look is told of a moment
+//! ([`limits::LANE_RECORDS_LOOK`]) after its end.
 //!
 //! An agent that starts counts from there on: of a connection that goes on already it counts as opened, and the bytes
 //! from then on; the log's line at its end tells of the whole connection. A connection that ended while no agent ran is

@@ -252,6 +252,8 @@ fn a_connection_that_never_was_established_failed() {
     let unanswered = Attestation { id: 2, source_retransmissions: 6, ..refused };
     bench.telemetry.lane().look(|| Some(vec![(tuple, Attestation { source_state: 0, ..refused })]));
     assert_eq!(bench.sums(), [0; 5], "not before it is known how it goes");
+    bench.telemetry.lane().look(|| Some(vec![(tuple, Attestation { destination_state: 0, ..attestation })]));
+    assert_eq!(bench.sums(), [0; 5], "it may be the agent that took it");
     let closed = attestation.opened + 1;
     bench.telemetry.lane().ended(&[refused, unanswered].map(|attestation| Ended { tuple, attestation, closed }));
     assert_eq!(bench.sums(), [0, 0, 2, 0, 0]);
