@@ -6,7 +6,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use heddle_common::{Attestation, EVENTS_BYTES, Ended, Tuple};
+use heddle_common::{EVENTS_BYTES, Ended};
 use tokio::{
     task::spawn_blocking,
     time::{MissedTickBehavior, interval, sleep},
@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::limits;
 use crate::{
     capture::{EndedRing, Lane},
-    telemetry::{Around, Telemetry},
+    telemetry::{Around, LaneTable, Telemetry},
     tunnel::Context,
 };
 
@@ -99,7 +99,7 @@ fn read(telemetry: &Telemetry, lane: &Lane, around: Around, records: impl Iterat
 }
 
 /// The connections that go on; `None` where that can't be read.
-pub(super) fn table(lane: &Lane) -> Option<Vec<(Tuple, Attestation)>> {
+pub(super) fn table(lane: &Lane) -> Option<LaneTable> {
     lane.connections()
         .inspect_err(|error| tracing::warn!(%error, reason = error.reason(), "Kernel-lane connections can't be read"))
         .ok()

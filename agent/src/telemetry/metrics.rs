@@ -9,7 +9,6 @@ use std::{
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
-use heddle_common::{Attestation, Tuple};
 use prometheus::{
     IntCounter, IntCounterVec, Opts, Registry, TextEncoder,
     proto::{MetricFamily, MetricType},
@@ -17,7 +16,7 @@ use prometheus::{
 
 use super::{
     families::{as_f64, counter, family, gauge, label},
-    lane::Health,
+    lane::{Health, LaneTable},
     pods::{PodReport, named},
     pressure, process,
     traffic::Traffic,
@@ -36,7 +35,7 @@ use crate::{
 pub struct Sources {
     pub live: Box<dyn Fn() -> Vec<Arc<Connection>> + Send + Sync>,
     /// The kernel lane's connections; `None` where they can't be read.
-    pub lane: Box<dyn Fn() -> Option<Vec<(Tuple, Attestation)>> + Send + Sync>,
+    pub lane: Box<dyn Fn() -> Option<LaneTable> + Send + Sync>,
     /// Records of the kernel lane that found no room, of the pods that are enrolled.
     pub lane_lost: Box<dyn Fn() -> u64 + Send + Sync>,
     /// What the kernel lane's decisions come to.

@@ -26,7 +26,7 @@ use std::{
 };
 
 pub use access_log::{AccessLog, Destination, Format, Record, response_flags};
-pub use lane::{Around, Lane, LaneConnection};
+pub use lane::{Around, Lane, LaneConnection, LaneTable};
 pub use metrics::{Sources, direction_name, seconds_until, security_name};
 pub use pods::{PodReport, named};
 pub use spans::{Export, Exporting};

@@ -75,6 +75,9 @@ impl Default for State {
     }
 }
 
+/// The kernel's table of the lane's connections.
+pub type LaneTable = Vec<(Tuple, Attestation)>;
+
 /// One direction of a connection that goes on.
 #[derive(Debug, Clone)]
 pub struct LaneConnection {
@@ -130,7 +133,7 @@ impl Lane<'_> {
     }
 
     /// Looks at the connections that go on; `table` reads the kernel's table of them, or can't.
-    pub fn look(&self, table: impl FnOnce() -> Option<Vec<(Tuple, Attestation)>>) {
+    pub fn look(&self, table: impl FnOnce() -> Option<LaneTable>) {
         let mut batch = Batch::default();
         let mut ledger = self.ledger();
         // Under the lock: see [`ledger`].
@@ -141,7 +144,7 @@ impl Lane<'_> {
 
     /// The same, and finds those whose end nobody recorded. For the reader of the records alone, when it has taken every one
     /// there was, and not more often than [`limits::LANE_LOOK`].
-    pub fn settle(&self, table: impl FnOnce() -> Option<Vec<(Tuple, Attestation)>>) {
+    pub fn settle(&self, table: impl FnOnce() -> Option<LaneTable>) {
         let now = Instant::now();
         let mut batch = Batch::default();
         let mut ledger = self.ledger();
