@@ -23,6 +23,7 @@ use crate::{
     netns::Netns,
     process::{Place, Process},
     reports::{Churned, Connected, Datagrams, Event, Held, Measured, Storm, Tallied, Transferred, Tunnelled},
+    wait::until,
 };
 
 /// A pod that is being described; [`PodBuilder::start`] makes it.
@@ -113,16 +114,24 @@ impl PodBuilder {
         let host = ground.node(node)?;
         let slot = self.slot.unwrap_or_else(|| ground.next_slot(node));
         let (v4, v6) = host.pod_addresses(slot);
+        let device = format!("pod{slot}");
+        if self.slot.is_some() {
+            // That of an earlier pod goes by itself with the last who has its namespace open, which may be right now.
+            until(Duration::from_secs(5), &format!("an earlier {device} to go"), || {
+                let _ = host.netns.batch(&[format!("link del {device}")]);
+                host.netns.show(&["link", "show", &device]).is_err().then_some(())
+            })?;
+        }
         let netns = Netns::create(&full)?;
         netns.batch(&[
-            format!("link add eth0 type veth peer name pod{slot} netns {}", host.netns.name()),
+            format!("link add eth0 type veth peer name {device} netns {}", host.netns.name()),
             format!("addr add {v4}/24 dev eth0"),
             format!("addr add {v6}/64 dev eth0 nodad"),
             "link set eth0 up".to_owned(),
             format!("route add default via {}", host.gateway_v4()),
             format!("route add default via {}", host.gateway_v6()),
         ])?;
-        host.netns.batch(&[format!("link set pod{slot} master pods up")])?;
+        host.netns.batch(&[format!("link set {device} master pods up")])?;
         let folder = ground.claim.cgroup.join(format!("pod-{namespace}-{name}"));
         cgroup::make(&folder)?;
         let pod = Pod {
@@ -424,7 +433,7 @@ impl Pod {
     pub fn wait_forgotten(&self) -> Result<()> {
         let Some(agent) = self.ground.running_agent(self.node) else { return Ok(()) };
         let what = format!("{} to be withdrawn", self.full_name());
-        crate::wait::until(Duration::from_secs(20), &what, || match agent.pod_state(&self.full_name()) {
+        until(Duration::from_secs(20), &what, || match agent.pod_state(&self.full_name()) {
             Ok(None) => Some(()),
             Ok(Some((state, _))) if !["captured", "attached", "uncaptured"].contains(&state.as_str()) => Some(()),
             _ => None,
@@ -462,13 +471,11 @@ impl Pod {
         std::mem::take(&mut *self.processes()).into_iter().try_for_each(Process::kill)
     }
 
-    /// Deletes it: manifest, processes, cgroup, device, namespace. Its addresses may be given again.
+    /// Deletes it: manifest, processes, cgroup, namespace. Its addresses may be given again ([`PodBuilder::at_slot`]).
     pub fn delete(self) -> Result<()> {
         self.ground.manifests.delete(&self.manifest())?;
         self.processes().clear();
         cgroup::remove(&self.cgroup)?;
-        // Both ends of the device go with one, at once; with the namespace they would go some time.
-        self.ground.node(self.node)?.netns.batch(&[format!("link del pod{}", self.slot)])?;
         Netns::delete(self.netns.name())
     }
 
