@@ -47,15 +47,20 @@ pub fn take(stage: &Stage, place: Place, way: Way, what: Measurement, times: Tim
     let agents = if way == Way::Mesh { stage.agents(place)? } else { Vec::new() };
     let cpu = || agents.iter().map(|pid| cpu_seconds(*pid)).collect::<Result<Vec<f64>>>();
     let lane = stage::takes_the_lane(place, way);
-    let ways = if lane { stage.ways_of(pair)? } else { (0, 0) };
+    let ways = lane.then(|| stage.counts(pair)).transpose()?;
     let (clock, before) = (Clock::read(stage.lab.prefix())?, cpu()?);
     let done = run(pair, what, times)?;
     let (after, clock_after) = (cpu()?, Clock::read(stage.lab.prefix())?);
-    if lane {
-        let now = stage.ways_of(pair)?;
-        let (past, through) = (now.0 - ways.0, now.1 - ways.1);
+    if let Some(earlier) = ways {
+        let now = stage.counts(pair)?;
+        let (lane, marked) = (now.lane - earlier.lane, now.marked - earlier.marked);
+        let (missed, full) = (now.lane_missed - earlier.lane_missed, now.lane_full - earlier.lane_full);
         // A figure of something else would be worse than none.
-        ensure!(past > 0 && through == 0, "{past} connections took the kernel lane, {through} went through the agent");
+        ensure!(
+            lane > 0 && marked + full == 0,
+            "{lane} connections took the kernel lane, but {marked} went through the agent ({missed} had no verdict), and {full} \
+             for want of room"
+        );
     }
     let mut taken = Taken { sample: done.sample, per_second: done.per_second, note: done.note, foreign: 0.0 };
     taken.foreign = clock_after.foreign_since(&clock);

@@ -4,6 +4,7 @@
 use std::{collections::BTreeSet, fs, path::Path, time::Duration};
 
 use anyhow::{Context, Result, ensure};
+use heddle_common::PodCounts;
 use heddle_lab::{Lab, Pod, until};
 use serde_json::json;
 
@@ -58,10 +59,9 @@ impl Stage {
         found.map(|(_, _, pair)| pair).context("no such pair")
     }
 
-    /// Connections of a client that took the kernel lane, and those that did not.
-    pub fn ways_of(&self, pair: &Pair) -> Result<(u64, u64)> {
-        let counts = self.lab.agent(1)?.kernel().counts(&pair.client)?;
-        Ok((counts.lane, counts.marked))
+    /// What the programs of a client counted so far.
+    pub fn counts(&self, pair: &Pair) -> Result<PodCounts> {
+        self.lab.agent(1)?.kernel().counts(&pair.client)
     }
 
     /// The agents that carry traffic of a place, the client's first.
