@@ -313,11 +313,13 @@ async fn an_attested_syn_without_a_verdict_is_the_agents_who_knows_whose_it_is()
         return;
     }
     let pods = Pair2::start().await;
-    let (from, to) = (SocketAddr::new(POD4, 40_000), SocketAddr::new(OUT4, PORT));
-    let tuple = heddle_common::Tuple {
-        source: key(from.ip()),
+    let to = SocketAddr::new(OUT4, PORT);
+    // A port of its own for each, as the one before waits in TIME_WAIT.
+    let from = |port| SocketAddr::new(POD4, port);
+    let tuple = |port| heddle_common::Tuple {
+        source: key(POD4),
         destination: key(to.ip()),
-        source_port: from.port(),
+        source_port: port,
         destination_port: to.port(),
         padding: 0,
     };
@@ -327,40 +329,36 @@ async fn an_attested_syn_without_a_verdict_is_the_agents_who_knows_whose_it_is()
         destination: pods.far.id.0,
         ..heddle_common::Attestation::by_agent(pods.far.slot)
     };
-    let attest = |attestation| {
+    let attest = |port, attestation| {
         // It stays: the kernel's entries are nobody's to drop.
-        std::mem::forget(pods.handle.node().maps.attest(tuple, attestation).unwrap());
+        std::mem::forget(pods.handle.node().maps.attest(tuple(port), attestation).unwrap());
     };
-    let near = World::netns(&pods.world.pod_ns());
-    let connect = move || super::world::connect_in(&near, Some(from), to);
     // From the agent's own cgroup, so that nothing is written beside it.
-    attest(attestation);
-    let connect = std::sync::Arc::new(connect);
-    let dial = || {
-        let connect = std::sync::Arc::clone(&connect);
-        beside(move || connect())
+    let dial = |port| {
+        let near = World::netns(&pods.world.pod_ns());
+        beside(move || super::world::connect_in(&near, Some(from(port)), to))
     };
-    let mut stream = dial().await.unwrap();
+    attest(40_000, attestation);
+    let mut stream = dial(40_000).await.unwrap();
     assert_eq!(&super::world::greeting(&mut stream).unwrap(), super::world::FROM_AGENT);
-    let known = pods.lane.take_attested(from, to).unwrap();
+    let known = pods.lane.take_attested(from(40_000), to).unwrap();
     assert_eq!((known.source, known.destination), (pods.near.id.0, pods.far.id.0));
-    assert!(pods.lane.take_attested(from, to).is_none(), "once");
-    drop(stream);
+    assert!(pods.lane.take_attested(from(40_000), to).is_none(), "once");
     // With a verdict of denial: reset at once, counted, and nothing is left of it.
-    attest(attestation);
+    attest(40_001, attestation);
     pods.decide(verdict::DENY);
-    assert_eq!(dial().await.unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
+    assert_eq!(dial(40_001).await.unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
     assert_eq!(pods.lane.denial(7).unwrap(), 1);
     assert!(pods.lane.connections().unwrap().is_empty());
     // Of a connection that its app has taken already, and of a pod that had the address before: nobody's.
     pods.decide(verdict::ALLOW);
-    for other in [
-        heddle_common::Attestation { destination_state: side::ESTABLISHED, ..attestation },
-        heddle_common::Attestation { destination: pods.far.id.0 ^ 1, ..attestation },
+    for (port, other) in [
+        (40_002, heddle_common::Attestation { destination_state: side::ESTABLISHED, ..attestation }),
+        (40_003, heddle_common::Attestation { destination: pods.far.id.0 ^ 1, ..attestation }),
     ] {
-        attest(other);
-        let mut stream = dial().await.unwrap();
+        attest(port, other);
+        let mut stream = dial(port).await.unwrap();
         assert_eq!(&super::world::greeting(&mut stream).unwrap(), super::world::FROM_AGENT);
-        pods.handle.node().maps.remove_attested(&tuple);
+        pods.handle.node().maps.remove_attested(&tuple(port));
     }
 }
