@@ -196,7 +196,8 @@ pub struct Attestation {
     pub destination_rtt_us: u32,
     pub source_retransmissions: u32,
     pub destination_retransmissions: u32,
-    pub padding_2: u32,
+    /// How many sides have told of their end: each adds one, so that of two at once one sees both.
+    pub closed: u32,
     /// Bytes of the app that the other side has acknowledged: client to app (by the source's side), app to client (by the
     /// destination's).
     pub sent: u64,
@@ -223,7 +224,7 @@ impl Attestation {
             destination_rtt_us: 0,
             source_retransmissions: 0,
             destination_retransmissions: 0,
-            padding_2: 0,
+            closed: 0,
             sent: 0,
             received: 0,
         }

@@ -4,7 +4,7 @@
 //! side makes the entry, each side writes its own part of it, and the last to close takes it out. It must never vouch for
 //! an address that is not the pod's own, and never let a full table be taken for a good word: then the agent gets the SYN.
 
-use core::{ffi::c_void, mem::size_of, ptr};
+use core::{arch::asm, ffi::c_void, mem::size_of, ptr};
 
 use aya_ebpf::{
     EbpfContext,
@@ -132,7 +132,7 @@ fn opens(ctx: &SockOpsContext) {
         destination_rtt_us: 0,
         source_retransmissions: 0,
         destination_retransmissions: 0,
-        padding_2: 0,
+        closed: 0,
         sent: 0,
         received: 0,
     };
@@ -197,6 +197,7 @@ fn accepted(ctx: &SockOpsContext) {
         if lane.is_null() {
             // Without memory for it nobody will tell of this side's end.
             (*entry).destination_state = side::ESTABLISHED | side::CLOSED;
+            add_one(&raw mut (*entry).closed);
             return;
         }
         (*entry).destination_state = side::ESTABLISHED;
@@ -230,7 +231,7 @@ fn changes(ctx: &SockOpsContext) {
                 (*lane).state |= side::CLOSED;
                 let tuple = tuple(ctx, (*lane).end);
                 if let Some(entry) = tell(ctx, lane, &tuple)
-                    && is_over(&*entry)
+                    && is_last(entry, (*lane).end)
                 {
                     finish(&tuple, entry);
                 }
@@ -292,12 +293,34 @@ unsafe fn tell(ctx: &SockOpsContext, lane: *mut Lane, tuple: &Tuple) -> Option<*
     Some(entry)
 }
 
-/// Whether nobody will tell any more: both sides are closed, or the source's is and the destination never took it.
+/// Notes that this side is closed. Whether nobody will tell any more: both sides are, or it is the source's and the
+/// destination never took the connection.
+///
+/// The sides may close at once, on two processors. Each adds to one number and then reads it, so the one that adds last sees
+/// both; two flags of their own could each be read before the other was written, and the entry would stay for ever.
+///
+/// # Safety
+/// `entry` is a live entry of the map.
 #[inline(always)]
-fn is_over(entry: &Attestation) -> bool {
-    let destination = entry.destination_state;
-    let source = entry.source_state & side::CLOSED != 0;
-    source && (destination & side::CLOSED != 0 || destination & side::ESTABLISHED == 0)
+unsafe fn is_last(entry: *mut Attestation, of: u32) -> bool {
+    // SAFETY: the caller's promise. Volatile, as the compiler does not see what the addition does.
+    unsafe {
+        add_one(&raw mut (*entry).closed);
+        let both = (&raw const (*entry).closed).read_volatile() >= 2;
+        both || of == end::SOURCE && (&raw const (*entry).destination_state).read_volatile() & side::ESTABLISHED == 0
+    }
+}
+
+/// Adds one to a number that the other side's program may be adding to, too.
+///
+/// # Safety
+/// A live, aligned number.
+#[inline(always)]
+unsafe fn add_one(place: *mut u32) {
+    // SAFETY: the caller's promise; `core` offers no atomic addition for this target.
+    unsafe {
+        asm!("lock *(u32 *)({place} + 0) += {one}", place = in(reg) place, one = in(reg) 1_u64, options(nostack));
+    }
 }
 
 /// Copies word by word: left to itself, the compiler copies addresses octet by octet.
