@@ -135,8 +135,8 @@ fn choose(destination: Ip, port: u16) -> Result<Target, u16> {
     })
 }
 
-/// Whether the socket is one of the pod's netns and, where it is bound, of the pod's address. A process of the pod may have
-/// made a netns of its own, with any address.
+/// Whether the socket is one of the pod's netns and, where it is bound, of the pod's address and of no device: the way that was
+/// measured is that of the pod's routes. A process of the pod may have made a netns of its own, with any address.
 #[inline(always)]
 fn is_the_pods(ctx: &SockAddrContext, v6: bool) -> bool {
     let netns = maps::netns();
@@ -145,6 +145,10 @@ fn is_the_pods(ctx: &SockAddrContext, v6: bool) -> bool {
         return false;
     }
     // SAFETY: as above; the socket of a connect() is a full one.
+    if unsafe { word!(socket(ctx), bpf_sock, bound_dev_if) } != 0 {
+        return false;
+    }
+    // SAFETY: as above.
     let source = unsafe {
         let socket = socket(ctx);
         if v6 { Ip::v6(words!(socket, bpf_sock, src_ip6)) } else { Ip::v4(word!(socket, bpf_sock, src_ip4)) }

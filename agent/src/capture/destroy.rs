@@ -179,16 +179,26 @@ impl Diag {
             request.socket_id.cookie = *cookie;
             SockDiagDestroy::new(SockDiagMessage::InetRequest(request))
         });
+        let mut refused = Vec::new();
         self.exchange(&requests.collect::<Vec<_>>(), NLM_F_REQUEST | NLM_F_ACK, |index, answer| {
             match answer {
                 Ok(_) => fates[found[index].0] = Fate::Closed,
                 // It has ended by itself.
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-                Err(error) => return Err(error),
+                // Before Linux 6.0 one that has just come to wait in TIME_WAIT can't be closed: no reason to leave the others.
+                Err(error) => refused.push(error),
             }
             Ok(())
         })?;
-        Ok(fates)
+        let all = refused.len() == found.len();
+        match refused.pop() {
+            Some(error) if all => Err(error),
+            Some(error) => {
+                tracing::warn!(%error, more = refused.len(), "a connection could not be closed");
+                Ok(fates)
+            }
+            None => Ok(fates),
+        }
     }
 
     fn request(&self, end: &End) -> InetRequest {

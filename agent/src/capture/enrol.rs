@@ -77,7 +77,7 @@ async fn enrol(node: &Arc<Node>, pod: &Arc<Pod>, spec: &PodSpec) -> Result<Attac
     let kept = pod.listener().filter(|_| same_netns);
     let (live, listener) = {
         let (node, spec) = (Arc::clone(node), spec.clone());
-        blocking(move || hang(&node, spec, ends, ports, kept, previous.as_deref())).await?
+        blocking(move || hang(&node, spec, ends, ports, kept)).await?
     };
     let attached = Attached { listener: listener.try_clone().map_err(at(&name, Step::Listener))?, token: pod.token };
     pod.set_live(live, listener);
@@ -115,6 +115,8 @@ struct Prepared {
 struct Ends {
     slot: u32,
     workload: WorkloadId,
+    /// The name and the addresses that it had before.
+    former: Option<(WorkloadId, Vec<IpAddr>)>,
     cookie: Option<u64>,
     netns: Arc<Netns>,
     cgroup: Arc<Cgroup>,
@@ -133,14 +135,17 @@ fn prepare(node: &Node, spec: &PodSpec, previous: Option<&Live>) -> Result<Prepa
     let recorded = node.pins.record(&spec.uid);
     let wanted = previous.map(|live| live.slot).or(recorded.as_ref().map(|record| record.slot));
     let (slot, fresh) = node.slots().take(&spec.uid, wanted)?;
-    let workload = match previous.map(|live| live.workload).or(recorded.as_ref().map(|record| record.workload)) {
-        Some(known) => known,
-        None => WorkloadId(u64::from_ne_bytes(random().map_err(at(name, Step::Record))?)),
-    };
     let cookie = match netns.cookie() {
         Ok(cookie) => Some(cookie),
         Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => None,
         Err(error) => return Err(at(name, Step::Netns)(error)),
+    };
+    // What is known of the way to a pod is known of its netns and addresses: where they change, so does its name.
+    let same = |record: &&Record| record.netns_inode == netns.inode() && record.addresses == spec.addresses;
+    let moved = previous.is_some_and(|live| live.cookie != cookie);
+    let workload = match recorded.as_ref().filter(same).filter(|_| !moved).map(|record| record.workload) {
+        Some(known) => known,
+        None => WorkloadId(u64::from_ne_bytes(random().map_err(at(name, Step::Record))?)),
     };
     if fresh {
         node.maps.reset_counts(slot)?;
@@ -181,7 +186,8 @@ fn prepare(node: &Node, spec: &PodSpec, previous: Option<&Live>) -> Result<Prepa
         .within(|| fs::read_to_string(PORT_RANGE))
         .and_then(|text| ports::parse_ephemeral(&text).ok_or_else(|| io::Error::other(format!("{PORT_RANGE}: {text}"))))
         .map_err(at(name, Step::Netns))?;
-    let ends = Ends { slot, workload, cookie, netns, cgroup };
+    let former = recorded.map(|record| (record.workload, record.addresses));
+    let ends = Ends { slot, workload, former, cookie, netns, cgroup };
     Ok(Prepared { ends, left, ports: Rotation::new(ports::range(&ephemeral)) })
 }
 
@@ -192,10 +198,9 @@ fn hang(
     ends: Ends,
     ports: Rotation,
     kept: Option<Arc<TcpListener>>,
-    previous: Option<&Live>,
 ) -> Result<(Live, Arc<TcpListener>), CaptureError> {
     let name = Arc::clone(&spec.name);
-    let Ends { slot, workload, cookie, netns, cgroup } = ends;
+    let Ends { slot, workload, former, cookie, netns, cgroup } = ends;
     let listener = match kept {
         Some(listener) => listener,
         None => Arc::new(socket::listener(&netns).map_err(at(&name, Step::Listener))?),
@@ -208,12 +213,12 @@ fn hang(
             AttachError::Programs(detail) => CaptureError::Programs { pod: Arc::clone(&name), detail },
             AttachError::Link(source) => CaptureError::Pod { pod: Arc::clone(&name), step: Step::Link, source },
         })?;
-    if let Some(previous) = previous {
-        let left = previous.spec.addresses.iter().filter(|address| !spec.addresses.contains(address));
-        node.maps.remove_resident(workload, left)?;
-    }
     // Last: nobody takes the lane to a pod whose programs do not hang yet.
     node.maps.put_resident(workload, slot, &spec.addresses)?;
+    if let Some((former, addresses)) = former.filter(|(former, _)| *former != workload) {
+        node.maps.remove_resident(former, &addresses)?;
+        node.maps.forget(former)?;
+    }
     match how {
         How::Attached => tracing::info!(pod = %name, slot, "attached"),
         How::Adopted => tracing::info!(pod = %name, slot, "adopted as it was"),

@@ -122,15 +122,11 @@ impl Maps {
 
     /// Removes the entries for which `stale` holds. Gives how many.
     pub fn sweep_attested(&self, stale: impl Fn(&Attestation) -> bool) -> Result<usize, CaptureError> {
-        let mut attested = self.attested.lock().unwrap_or_else(PoisonError::into_inner);
-        let found: Vec<Tuple> = attested
-            .iter()
-            .filter_map(|entry| entry.ok())
-            .filter(|(_, by)| stale(by))
-            .map(|(tuple, _)| tuple)
-            .collect();
-        for tuple in &found {
-            ignore_absent(attested.remove(tuple)).map_err(failed(maps::ATTESTED))?;
+        let mut found = self.all_attested()?;
+        found.retain(|(_, by)| stale(by));
+        // Locked for each: deliveries wait for the lock.
+        for (tuple, _) in &found {
+            self.remove_attested(tuple);
         }
         Ok(found.len())
     }

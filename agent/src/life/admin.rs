@@ -287,12 +287,18 @@ impl fmt::Debug for Answers {
 
 fn router(answers: Arc<Answers>) -> Router {
     Router::new()
-        .route("/status", get(async |State(answers): State<Arc<Answers>>| Json((answers.status)())))
+        .route("/status", get(status))
         .route("/connections", get(connections))
         .route("/certificates", get(async |State(answers): State<Arc<Answers>>| Json((answers.certificates)())))
         .route("/policy/explain", get(explain))
         .route("/proof", post(prove))
         .with_state(answers)
+}
+
+/// Waits for the lane's decisions, which may be at work.
+async fn status(State(answers): State<Arc<Answers>>) -> Result<Json<Status>, (StatusCode, String)> {
+    let told = tokio::task::spawn_blocking(move || (answers.status)()).await;
+    told.map(Json).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))
 }
 
 /// There may be ten thousands of them: nothing for a worker that carries bytes.

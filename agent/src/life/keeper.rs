@@ -276,7 +276,8 @@ impl<S: Stages> Keeper<S> {
             self.shared.pods.remove(&self.uid);
             return Some(limits::LEAVE_LOOK);
         }
-        self.withdraw().await
+        // Connections of the kernel lane are the apps' own, and go on.
+        self.take_away().await
     }
 
     /// Ends the service, closes what is carried, and takes everything away from the pod. Gives the time until the next try,
@@ -292,6 +293,11 @@ impl<S: Stages> Keeper<S> {
                 sleep(limits::WATCH_INTERVAL).await;
             }
         }
+        self.take_away().await
+    }
+
+    /// Takes everything away from the pod. As [`Keeper::withdraw`].
+    async fn take_away(&mut self) -> Option<Duration> {
         match timeout(limits::ENROL_STEP, self.shared.stages.withdraw(&self.uid)).await {
             Ok(Ok(()) | Err(CaptureError::NotAttached(_))) => {
                 self.spec = None;

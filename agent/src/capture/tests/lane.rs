@@ -163,6 +163,9 @@ fn a_process_of_a_pod() {
             if let Ok(mark) = env::var("HC_MARK") {
                 socket.set_mark(mark.parse().unwrap()).unwrap();
             }
+            if let Ok(device) = env::var("HC_DEVICE") {
+                socket.bind_device(Some(device.as_bytes())).unwrap();
+            }
             if let Ok(from) = env::var("HC_FROM") {
                 socket.set_reuse_address(true).unwrap();
                 socket.bind(&from.parse::<SocketAddr>().unwrap().into()).unwrap();
@@ -277,6 +280,10 @@ async fn a_full_table_a_foreign_mark_and_a_foreign_address_lead_to_the_agent() {
     // The agent's own mark, on the app's socket: taken off, as it would lead astray.
     let mark = ("HC_MARK", heddle_common::MARK.to_string());
     assert_eq!(pods.call_with(to, 0, &[mark]).await.unwrap().read, ANSWER);
+    // Another way than that which was measured: unbound, it is the agent's.
+    let device = ("HC_DEVICE", "eth0".to_owned());
+    assert_eq!(pods.call_with(to, 0, &[device]).await.unwrap().read, 16, "the agent's greeting");
+    assert_eq!(next(&mut pods.accepted).await.0, to);
     // An address of the pod's netns that is not the pod's own.
     super::world::ip(&format!("-n {} addr add 10.213.7.77/24 dev eth0", pods.world.pod_ns()));
     let from = ("HC_FROM", "10.213.7.77:0".to_owned());
