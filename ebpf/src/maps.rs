@@ -20,7 +20,8 @@ use heddle_common::{
 
 use crate::address::Ip;
 
-/// Addresses that are reached through the mesh. Not preallocated: a read entry stays valid while it is being removed.
+/// Addresses that are reached through the mesh. Not preallocated: memory goes with use. What is read of an entry is copied at
+/// once, as newer kernels (6.1) may give a removed entry's memory to the next.
 #[map]
 static DESTINATIONS: HashMap<Address, Destination> = HashMap::pinned(MAX_DESTINATIONS, BPF_F_NO_PREALLOC);
 

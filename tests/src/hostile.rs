@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fmt::Display,
     net::{IpAddr, SocketAddr},
+    time::{Duration, SystemTime},
 };
 
 use serde::{Deserialize, Serialize};
@@ -84,6 +85,28 @@ pub struct Fates {
     pub p50_us: u64,
     pub p99_us: u64,
     pub last_us: u64,
+}
+
+impl Fates {
+    /// Prints how long after `before`, a moment of [`now`], the connections ended, and gives the 99th percentile.
+    pub fn tell(&self, what: &str, before: u64) -> Duration {
+        let after = |at: u64| Duration::from_micros(at.saturating_sub(before));
+        println!(
+            "{what}: the first closed after {:?}, p50 {:?}, p99 {:?}, the last {:?}",
+            after(self.first_us),
+            after(self.p50_us),
+            after(self.p99_us),
+            after(self.last_us)
+        );
+        after(self.p99_us)
+    }
+}
+
+/// Microseconds since the epoch, as [`Fates`] has them.
+#[must_use]
+pub fn now() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Connections that are full.

@@ -1,11 +1,10 @@
 //! Do pods of one node talk past the agent, and is everything else as it was: policy, identity, metrics, a dead agent?
 
-use std::{
-    net::SocketAddr,
-    time::{Duration, SystemTime},
-};
+use std::{net::SocketAddr, time::Duration};
 
-use heddle_lab::{Lab, Pod, Result, call::Holding, manifests, metrics::Scrape, needs_root, reports::Connected, until};
+use heddle_lab::{
+    Lab, Pod, Result, call::Holding, hostile::now, manifests, metrics::Scrape, needs_root, reports::Connected, until,
+};
 use serde_json::{Value, json};
 
 const SENT: &str = "istio_tcp_sent_bytes_total";
@@ -391,23 +390,15 @@ fn a_policy_change_closes_a_thousand_connections_of_the_lane_that_it_forbids_and
         assert_eq!((held.alive, held.failed), (CONNECTIONS, 0), "{held:?}");
         let mut stays = stage.hold(other, 10)?;
         assert!(kernel.lanes()?.len() >= 1_010, "they are on the lane");
-        let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let before = u64::try_from(now().as_micros())?;
+        let before = now();
         lab.authorize("shop", "friends", &allow(&[other]))?;
         let fates = fates.finish()?;
-        let after = |at: u64| Duration::from_micros(at.saturating_sub(before));
-        println!(
-            "lane: {CONNECTIONS} connections, the first closed after {:?}, p50 {:?}, p99 {:?}, the last {:?}",
-            after(fates.first_us),
-            after(fates.p50_us),
-            after(fates.p99_us),
-            after(fates.last_us)
-        );
+        let p99 = fates.tell(&format!("lane: {CONNECTIONS} connections"), before);
         assert_eq!(fates.open, 0, "{fates:?}");
         assert_eq!(stays.check()?.alive, 10, "what is still allowed goes on");
         stays.close()?;
         assert!(stage.hello(client, 7000)?.was_refused(), "and no new one is let in");
-        took.push(after(fates.p99_us));
+        took.push(p99);
         if took.iter().any(|took| *took <= LIMIT) {
             let line = lab.agent(1)?.wait_access("a closed connection", |line| {
                 line.get("src.identity") == client.identity() && line.mentions("policy change")

@@ -1,20 +1,14 @@
 //! How long does a connection live that policy no longer allows?
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use heddle_lab::{Lab, Result, needs_root};
+use heddle_lab::{Lab, Result, hostile::now, needs_root};
 use serde_json::json;
 
 const CONNECTIONS: u64 = 1_000;
 /// From the moment the rule's file is replaced (p99). Agents and client of a build without optimisation need more than
 /// twice the processor time for a thousand ends on two cores.
 const LIMIT: Duration = Duration::from_millis(if cfg!(debug_assertions) { 300 } else { 100 });
-
-/// Microseconds since the epoch, as `lab-peer` tells them.
-fn now() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
-}
 
 #[test]
 fn o6_a_thousand_connections_end_with_the_rule_that_allowed_them() -> Result {
@@ -36,18 +30,11 @@ fn o6_a_thousand_connections_end_with_the_rule_that_allowed_them() -> Result {
         let before = now();
         lab.authorize("shop", "friends", &allow(&[other.principal()]))?;
         let fates = fates.finish()?;
-        let after = |at: u64| Duration::from_micros(at.saturating_sub(before));
-        println!(
-            "O6 {CONNECTIONS} connections: the first closed after {:?}, p50 {:?}, p99 {:?}, the last {:?}",
-            after(fates.first_us),
-            after(fates.p50_us),
-            after(fates.p99_us),
-            after(fates.last_us)
-        );
+        let p99 = fates.tell(&format!("O6 {CONNECTIONS} connections"), before);
         assert_eq!(fates.open, 0, "{fates:?}");
         assert_eq!(stays.check()?.alive, 10, "what is still allowed goes on");
         stays.close()?;
-        took.push(after(fates.p99_us));
+        took.push(p99);
         if round == 0 {
             let line = lab.agent(2)?.wait_access("a closed connection", |line| {
                 line.get("src.identity") == friend.identity() && line.mentions("policy change")

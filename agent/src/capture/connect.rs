@@ -9,13 +9,13 @@ use std::{
     sync::Arc,
 };
 
-use heddle_common::{Attestation, Tuple, maps};
+use heddle_common::{Attestation, maps};
 use socket2::Socket;
 use tokio::net::{TcpSocket, TcpStream};
 
 use super::{
     CaptureError, Delivery,
-    maps::{NotAttested, key},
+    maps::{NotAttested, tuple},
     pod::{Live, Node, Pod},
     socket,
 };
@@ -98,19 +98,13 @@ async fn deliver_from(
     let name = || Arc::clone(&live.spec.name);
     let socket = socket::deliverer(&live.netns, client)
         .map_err(|source| taken_or(source, |source| CaptureError::Socket { pod: name(), destination: app, source }))?;
-    let tuple = Tuple {
-        source: key(client.ip()),
-        destination: key(app.ip()),
-        source_port: client.port(),
-        destination_port: app.port(),
-        padding: 0,
-    };
     // Before the SYN leaves, and until the handshake is over either way.
-    let _attested = node.maps.attest(tuple, Attestation::by_agent(live.slot)).map_err(|error| match error {
-        NotAttested::Taken => Try::Taken,
-        NotAttested::Full => Try::Failed(CaptureError::AttestedFull { pod: name() }),
-        NotAttested::Failed(error) => Try::Failed(error),
-    })?;
+    let _attested =
+        node.maps.attest(tuple(client, app), Attestation::by_agent(live.slot)).map_err(|error| match error {
+            NotAttested::Taken => Try::Taken,
+            NotAttested::Full => Try::Failed(CaptureError::AttestedFull { pod: name() }),
+            NotAttested::Failed(error) => Try::Failed(error),
+        })?;
     tracing::trace!(pod = %pod.uid, %client, %app, map = maps::ATTESTED, "delivering");
     connect(socket, app)
         .await

@@ -32,7 +32,7 @@ const LINK_TYPE_CGROUP: u32 = 3;
 const LINK_TYPE_NETNS: u32 = 5;
 
 /// `BPF_NOEXIST`: refuse to replace.
-const NO_EXIST: u64 = 1;
+pub const NO_EXIST: u64 = 1;
 
 /// Most maps that one program may use (`MAX_USED_MAPS`).
 const MAX_USED_MAPS: usize = 64;

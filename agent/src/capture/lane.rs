@@ -20,7 +20,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
     CaptureError, LaneFault, destroy, kernel,
-    maps::{failed, ignore_absent, key},
+    maps::{failed, ignore_absent, tuple},
     path,
     pin::Record,
     pod::Node,
@@ -152,7 +152,7 @@ impl Lane {
         // One whose handshake the app has completed is not this one.
         let waits = |by: &Attestation| by.destination_state & side::ESTABLISHED == 0;
         let attestation = self.attested(client, app).filter(waits)?;
-        self.node.maps.remove_attested(&tuple(client, app));
+        self.node.maps.let_go(&tuple(client, app));
         Some(attestation)
     }
 
@@ -187,16 +187,6 @@ impl Lane {
     pub fn events_lost(&self) -> u64 {
         let lives = self.node.pods().into_iter().filter_map(|pod| pod.live());
         lives.filter_map(|live| self.node.maps.counts(live.slot).ok()).map(|counts| counts.events_lost).sum()
-    }
-}
-
-fn tuple(client: SocketAddr, app: SocketAddr) -> Tuple {
-    Tuple {
-        source: key(client.ip()),
-        destination: key(app.ip()),
-        source_port: client.port(),
-        destination_port: app.port(),
-        padding: 0,
     }
 }
 

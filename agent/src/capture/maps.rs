@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeSet,
     io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::AsFd,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -25,8 +25,8 @@ pub struct Maps {
     verdicts: Mutex<HashMap<MapData, Pair, Verdict>>,
     denials: Mutex<PerCpuArray<MapData, u64>>,
     pub services: Mutex<HashMap<MapData, ServicePort, LocalEndpoints>>,
-    events: PathBuf,
-    attested_pin: PathBuf,
+    /// Where they are pinned.
+    folder: PathBuf,
     pub destinations: Mutex<HashMap<MapData, Address, Destination>>,
     attested: Mutex<HashMap<MapData, Tuple, Attestation>>,
     listeners: MapData,
@@ -35,9 +35,6 @@ pub struct Maps {
     /// Kernel ids of all of them.
     pub ids: BTreeSet<u32>,
 }
-
-/// `BPF_NOEXIST`: refuse to replace.
-const NO_EXIST: u64 = 1;
 
 impl std::fmt::Debug for Maps {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -70,8 +67,7 @@ impl Maps {
             verdicts: Mutex::new(typed(maps::VERDICTS, verdicts)?),
             denials: Mutex::new(typed(maps::DENIALS, denials)?),
             services: Mutex::new(typed(maps::SERVICES, services)?),
-            events: folder.join(maps::EVENTS),
-            attested_pin: folder.join(maps::ATTESTED),
+            folder: folder.to_owned(),
             destinations: Mutex::new(typed(maps::DESTINATIONS, destinations)?),
             attested: Mutex::new(typed(maps::ATTESTED, attested)?),
             listeners,
@@ -110,7 +106,7 @@ impl Maps {
     /// Vouches for a connection until the result is dropped.
     pub fn attest(&self, tuple: Tuple, attestation: Attestation) -> Result<Attested<'_>, NotAttested> {
         let mut attested = self.attested.lock().unwrap_or_else(PoisonError::into_inner);
-        match attested.insert(tuple, attestation, NO_EXIST) {
+        match attested.insert(tuple, attestation, kernel::NO_EXIST) {
             Ok(()) => Ok(Attested { maps: self, tuple }),
             Err(error) => Err(match os_error(&error) {
                 Some(libc::E2BIG) => NotAttested::Full,
@@ -126,7 +122,7 @@ impl Maps {
         found.retain(|(_, by)| stale(by));
         // Locked for each: deliveries wait for the lock.
         for (tuple, _) in &found {
-            self.remove_attested(tuple);
+            self.remove_attested(tuple)?;
         }
         Ok(found.len())
     }
@@ -137,17 +133,21 @@ impl Maps {
     }
 
     /// Takes the entry of one connection out.
-    pub fn remove_attested(&self, tuple: &Tuple) {
+    pub fn remove_attested(&self, tuple: &Tuple) -> Result<(), CaptureError> {
         let mut attested = self.attested.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = ignore_absent(attested.remove(tuple)) {
+        ignore_absent(attested.remove(tuple)).map_err(failed(maps::ATTESTED))
+    }
+
+    /// The same where nobody can be told of a failure.
+    pub fn let_go(&self, tuple: &Tuple) {
+        if let Err(error) = self.remove_attested(tuple) {
             tracing::warn!(%error, ?tuple, "an attested connection could not be taken out of the kernel's table");
         }
     }
 
     /// Every attested connection, read bucket by bucket: an entry that is there throughout is not missed.
     pub fn all_attested(&self) -> Result<Vec<(Tuple, Attestation)>, CaptureError> {
-        let map = kernel::open_pin(&self.attested_pin).map_err(unread(maps::ATTESTED))?;
-        kernel::read_all(&map).map_err(unread(maps::ATTESTED))
+        self.read_all(maps::ATTESTED)
     }
 
     /// Names the pod at its addresses, for the kernel lane.
@@ -192,8 +192,13 @@ impl Maps {
 
     /// Every verdict.
     pub fn verdicts(&self) -> Result<Vec<(Pair, Verdict)>, CaptureError> {
-        let verdicts = self.verdicts.lock().unwrap_or_else(PoisonError::into_inner);
-        verdicts.iter().collect::<Result<_, _>>().map_err(failed(maps::VERDICTS))
+        self.read_all(maps::VERDICTS)
+    }
+
+    /// Every entry of a hash map, without its lock.
+    fn read_all<K: aya::Pod, V: aya::Pod>(&self, map: &'static str) -> Result<Vec<(K, V)>, CaptureError> {
+        let unread = |error: io::Error| CaptureError::Map { map, detail: error.to_string() };
+        kernel::open_pin(&self.folder.join(map)).and_then(|map| kernel::read_all(&map)).map_err(unread)
     }
 
     /// Whether there was room for it.
@@ -220,7 +225,7 @@ impl Maps {
 
     /// The ring of ended connections. Its reading position is the map's own: one reader at a time.
     pub fn events(&self) -> Result<RingBuf<MapData>, CaptureError> {
-        let data = MapData::from_pin(&self.events).map_err(failed(maps::EVENTS))?;
+        let data = MapData::from_pin(self.folder.join(maps::EVENTS)).map_err(failed(maps::EVENTS))?;
         typed(maps::EVENTS, data)
     }
 }
@@ -244,7 +249,7 @@ pub struct Attested<'a> {
 
 impl Drop for Attested<'_> {
     fn drop(&mut self) {
-        self.maps.remove_attested(&self.tuple);
+        self.maps.let_go(&self.tuple);
     }
 }
 
@@ -257,16 +262,24 @@ pub fn key(address: IpAddr) -> Address {
     }
 }
 
+/// A connection from `client` to a pod's `app`, as the kernel's tables name it.
+#[must_use]
+pub fn tuple(client: SocketAddr, app: SocketAddr) -> Tuple {
+    Tuple {
+        source: key(client.ip()),
+        destination: key(app.ip()),
+        source_port: client.port(),
+        destination_port: app.port(),
+        padding: 0,
+    }
+}
+
 fn typed<T: TryFrom<Map, Error = MapError>>(name: &'static str, data: MapData) -> Result<T, CaptureError> {
     Map::from_map_data(data).and_then(T::try_from).map_err(failed(name))
 }
 
 pub fn failed(map: &'static str) -> impl Fn(MapError) -> CaptureError {
     move |error| CaptureError::Map { map, detail: chain(&error) }
-}
-
-fn unread(map: &'static str) -> impl Fn(io::Error) -> CaptureError {
-    move |error| CaptureError::Map { map, detail: error.to_string() }
 }
 
 /// An error with its causes.

@@ -6,7 +6,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use heddle_common::{Attestation, HBONE_PORT, Tuple};
+use heddle_common::{Attestation, HBONE_PORT};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpSocket, TcpStream},
@@ -15,7 +15,7 @@ use tokio::{
 
 use super::{
     super::{
-        maps::{NotAttested, key},
+        maps::{NotAttested, tuple},
         pod::{Live, Node, random},
         socket,
     },
@@ -35,14 +35,7 @@ pub async fn probe(
     let listener = socket::path_listener(&destination.netns, to).map_err(unknown("socket to be probed"))?;
     let listener = TcpListener::from_std(listener).map_err(unknown("socket to be probed"))?;
     let (socket, from) = socket::path_prober(&source.netns, own).map_err(unknown("probing socket"))?;
-    let tuple = Tuple {
-        source: key(own),
-        destination: key(other),
-        source_port: from.port(),
-        destination_port: to.port(),
-        padding: 0,
-    };
-    let _attested = node.maps.attest(tuple, Attestation::by_agent(destination.slot)).map_err(|error| {
+    let _attested = node.maps.attest(tuple(from, to), Attestation::by_agent(destination.slot)).map_err(|error| {
         LaneFault::Probe(match error {
             NotAttested::Taken => format!("{from} to {to} is a connection already"),
             NotAttested::Full => "the kernel's table of attested connections is full".into(),

@@ -366,6 +366,6 @@ async fn an_attested_syn_without_a_verdict_is_the_agents_who_knows_whose_it_is()
         attest(port, other);
         let mut stream = dial(port).await.unwrap();
         assert_eq!(&super::world::greeting(&mut stream).unwrap(), super::world::FROM_AGENT);
-        pods.handle.node().maps.remove_attested(&tuple(port));
+        pods.handle.node().maps.remove_attested(&tuple(port)).unwrap();
     }
 }

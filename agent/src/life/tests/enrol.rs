@@ -1,7 +1,7 @@
 //! Enrolment against stages that note what they are asked and fail when told to.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     net::{IpAddr, TcpListener},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     capture::{Attached, CaptureError, PodSpec, PodState, ProbeToken},
-    cluster::{Naming, Place, SameNode, Snapshot, Unattended, View, Workload},
+    cluster::{Place, Snapshot, Unattended, View, Workload},
     life::{
         enrol::{Enrolment, Stages, plan},
         keeper::{Pods, Wanted, backoff},
@@ -171,20 +171,9 @@ impl Stages for Fake {
 fn pod(uid: &str) -> Workload {
     Workload {
         uid: uid.into(),
-        name: uid.into(),
-        namespace: "shop".into(),
-        service_account: uid.into(),
-        node: "node-1".into(),
         addresses: vec![IpAddr::from([10, 0, 0, uid.as_bytes()[0]])],
-        labels: BTreeMap::new(),
-        enrolled: true,
-        host_network: false,
-        ready: true,
-        terminating: false,
-        when_unattended: Unattended::Closed,
-        same_node: SameNode::Kernel,
-        naming: Naming::default(),
         place: Some(Place { netns: "/netns".into(), cgroup: "/cgroup".into() }),
+        ..Workload::named("shop", uid)
     }
 }
 
