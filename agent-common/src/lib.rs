@@ -82,9 +82,13 @@ pub const MAX_DENIALS: u32 = 4_096;
 pub const MAX_SERVICES: u32 = 16_384;
 /// Bytes of the ring of ended connections, a power of two of pages.
 pub const EVENTS_BYTES: u32 = 2 * 1_024 * 1_024;
+/// Places of `ADMITTED`, a power of two: far more than threads can be between their connect() and its SYN.
+pub const ADMITTED_PLACES: u32 = 4_096;
+/// Places of `LOOKED`, a power of two. Of two sockets that share one, each look costs the other a look.
+pub const LOOKED_PLACES: u32 = 16_384;
 /// Time between two looks at the bytes of a connection that goes on, in ticks of the kernel's clock: a tenth of a second
 /// where there are 250 a second, and reading it costs nothing.
-pub const PROGRESS_JIFFIES: u64 = 25;
+pub const PROGRESS_JIFFIES: u32 = 25;
 
 /// Names of the pinned maps, the same in the object file, in bpffs and in the agent.
 pub mod maps {
@@ -97,8 +101,12 @@ pub mod maps {
     pub const VERDICTS: &str = "VERDICTS";
     pub const DENIALS: &str = "DENIALS";
     pub const SERVICES: &str = "SERVICES";
+    /// When the bytes of a socket on the kernel lane were last looked at, by the lower bits of its cookie.
+    pub const LOOKED: &str = "LOOKED";
+    /// Cookies of sockets that `connect` let onto the kernel lane, by their lower bits.
+    pub const ADMITTED: &str = "ADMITTED";
     /// Socket storage, freed with the socket; not pinned by name in the object.
-    pub const LANES: &str = "LANES";
+    pub const ASKED: &str = "ASKED";
     /// Ring of [`super::Ended`].
     pub const EVENTS: &str = "EVENTS";
     /// Ring of the programs' log records, defined by aya-log-ebpf; not pinned by name in the object.
@@ -180,8 +188,10 @@ pub struct Attestation {
     /// Workload ids of both ends.
     pub source: u64,
     pub destination: u64,
-    /// Cookie of the source's socket: tells this connection from a later one of the same 4-tuple.
+    /// Cookies of the source's and the destination's socket: they tell this connection from another one of the same 4-tuple, and
+    /// its sides apart. The second one is zero until the destination took the connection.
     pub id: u64,
+    pub peer: u64,
     /// When the SYN left: nanoseconds of CLOCK_MONOTONIC.
     pub opened: u64,
     /// What the app asked for, where that was a Service: then the port is not zero. Else the address means nothing.
@@ -214,6 +224,7 @@ impl Attestation {
             source: 0,
             destination: 0,
             id: 0,
+            peer: 0,
             opened: 0,
             service: Address { octets: [0; 16] },
             service_port: 0,
@@ -328,34 +339,14 @@ impl LocalEndpoints {
     pub const MAX: usize = 64;
 }
 
-/// What a pod's programs keep of a socket on the kernel lane: value of the `LANES` socket storage.
+/// What the app asked for, where the kernel chose the endpoint of a Service: value of the `ASKED` socket storage.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lane {
-    /// [`Attestation::id`].
-    pub id: u64,
-    /// Workload id of the destination.
-    pub destination: u64,
-    /// When its bytes were last looked at: ticks of the kernel's clock.
-    pub looked: u64,
-    /// What the app connected to, where that was a Service.
+pub struct Asked {
     pub service: Address,
-    pub service_port: u16,
+    /// In host order. Zero: the socket's last connect() was no such one.
+    pub port: u16,
     pub padding: u16,
-    /// One of [`end`].
-    pub end: u32,
-    /// Slot of the destination.
-    pub slot: u32,
-    /// Bits of [`side`], of this end.
-    pub state: u32,
-}
-
-/// Values of [`Lane::end`].
-pub mod end {
-    /// The socket is not on the lane.
-    pub const NONE: u32 = 0;
-    pub const SOURCE: u32 = 1;
-    pub const DESTINATION: u32 = 2;
 }
 
 /// A connection of the kernel lane that has ended: record of the `EVENTS` ring.
@@ -432,7 +423,8 @@ pub struct PodCounts {
     pub lane: u64,
     /// connect() calls refused and look-ups reset because a verdict denies them.
     pub lane_denied: u64,
-    /// connect() calls to a pod of this node that went to the agent for want of a verdict.
+    /// Connections to a pod of this node that went to the agent for want of a verdict, or because thousands of others
+    /// came between their connect() and their SYN.
     pub lane_missed: u64,
     /// Connections of the kernel lane that went to the agent because `ATTESTED` was full.
     pub lane_full: u64,
@@ -444,14 +436,14 @@ const _: () = {
     assert!(size_of::<Address>() == 16 && align_of::<Address>() == 1);
     assert!(size_of::<Destination>() == 8);
     assert!(size_of::<Tuple>() == 40 && offset_of!(Tuple, source_port) == 32 && offset_of!(Tuple, padding) == 36);
-    assert!(size_of::<Attestation>() == 104 && offset_of!(Attestation, sent) == 88);
+    assert!(size_of::<Attestation>() == 112 && offset_of!(Attestation, sent) == 96);
     assert!(size_of::<Resident>() == 16);
     assert!(size_of::<Pair>() == 24 && offset_of!(Pair, padding) == 18);
     assert!(size_of::<Verdict>() == 8);
     assert!(size_of::<ServicePort>() == 20);
     assert!(size_of::<LocalEndpoint>() == 20 && size_of::<LocalEndpoints>() == 8 + 20 * LocalEndpoints::MAX);
-    assert!(size_of::<Lane>() == 56 && offset_of!(Lane, end) == 44);
-    assert!(size_of::<Ended>() == 152);
+    assert!(size_of::<Asked>() == 20);
+    assert!(size_of::<Ended>() == 160);
     assert!(size_of::<Pod>() == 88 && offset_of!(Pod, addresses) == 24);
     assert!(size_of::<PodGate>() == 8);
     assert!(size_of::<PodCounts>() == 112);
@@ -460,7 +452,7 @@ const _: () = {
 #[cfg(feature = "userspace")]
 mod plain_old_data {
     use super::{
-        Address, Attestation, Destination, Ended, Lane, LocalEndpoints, Pair, Pod, PodCounts, PodGate, Resident,
+        Address, Asked, Attestation, Destination, Ended, LocalEndpoints, Pair, Pod, PodCounts, PodGate, Resident,
         ServicePort, Tuple, Verdict,
     };
 
@@ -474,10 +466,10 @@ mod plain_old_data {
     }
     plain_old_data!(
         Address,
+        Asked,
         Attestation,
         Destination,
         Ended,
-        Lane,
         LocalEndpoints,
         Pair,
         Pod,

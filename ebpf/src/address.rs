@@ -20,6 +20,9 @@ pub const IPPROTO_MPTCP: u32 = 262;
 pub struct Ip([u32; 4]);
 
 impl Ip {
+    /// `::`, no address.
+    pub const UNSPECIFIED: Self = Self([0; 4]);
+
     /// From the word of an IPv4 address as a context gives it: the v4-mapped IPv6 address.
     #[inline(always)]
     pub const fn v4(word: u32) -> Self {

@@ -9,10 +9,10 @@ use core::mem::offset_of;
 use aya_ebpf::{
     EbpfContext,
     bindings::{SO_MARK, bpf_sock, bpf_sock_addr},
-    helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32},
+    helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie},
     programs::SockAddrContext,
 };
-use heddle_common::{LocalEndpoints, MARK, MARK_MASK, PodCounts, Resident, ServicePort, choice, end, verdict};
+use heddle_common::{LocalEndpoints, MARK, MARK_MASK, PodCounts, Resident, ServicePort, choice, verdict};
 
 use crate::{
     address::{Ip, set_word, set_words, word, words},
@@ -40,12 +40,12 @@ struct Target {
 /// Forgets what an earlier connect() of this socket left.
 #[inline(always)]
 pub fn forget(ctx: &SockAddrContext) {
-    // SAFETY: the kernel gives a valid context; the socket of a connect() is a full one.
+    // SAFETY: the helper takes the context that the kernel gave, whose socket, that of a connect(), is a full one.
     unsafe {
-        let lane = maps::lane(socket(ctx));
-        if !lane.is_null() {
-            (*lane).end = end::NONE;
-            (*lane).service_port = 0;
+        let _admitted = maps::take_admission(bpf_get_socket_cookie(ctx.as_ptr()));
+        let asked = maps::asked(socket(ctx));
+        if !asked.is_null() {
+            (*asked).port = 0;
         }
     }
 }
@@ -60,7 +60,7 @@ pub fn way(ctx: &SockAddrContext, destination: Ip, v6: bool) -> Way {
         Err(choice) => return Way::Agent(choice),
     };
     // SAFETY: the agent replaces entries whole and never changes them in place; integers are copied.
-    let Some(&Resident { workload, slot, .. }) = (unsafe { maps::RESIDENTS.get(target.address.address()) }) else {
+    let Some(&Resident { workload, .. }) = (unsafe { maps::RESIDENTS.get(target.address.address()) }) else {
         return Way::Agent(target.choice);
     };
     if workload == maps::workload() || !is_the_pods(ctx, v6) {
@@ -81,26 +81,21 @@ pub fn way(ctx: &SockAddrContext, destination: Ip, v6: bool) -> Way {
     if !unmark(ctx) {
         return Way::Agent(target.choice);
     }
-    // SAFETY: the kernel gives a valid context; the socket of a connect() is a full one. What the storage holds is this
-    // socket's alone, which the caller holds locked.
-    unsafe {
-        let lane = maps::make_lane(socket(ctx));
-        if lane.is_null() {
-            return Way::Agent(target.choice);
-        }
-        (*lane).destination = workload;
-        (*lane).slot = slot;
-        (*lane).end = end::SOURCE;
-        if target.choice == choice::NONE {
-            (*lane).service_port = 0;
-        } else {
-            (*lane).service = destination.address();
-            (*lane).service_port = port;
-        }
-    }
     if target.choice != choice::NONE {
+        // SAFETY: the kernel gives a valid context; the socket of a connect() is a full one. What the storage holds is this
+        // socket's alone, which the caller holds locked.
+        unsafe {
+            let asked = maps::make_asked(socket(ctx));
+            if asked.is_null() {
+                return Way::Agent(target.choice);
+            }
+            (*asked).service = destination.address();
+            (*asked).port = port;
+        }
         redirect(ctx, &target, v6);
     }
+    // SAFETY: the helper takes the context that the kernel gave.
+    maps::admit(unsafe { bpf_get_socket_cookie(ctx.as_ptr()) });
     maps::count(offset_of!(PodCounts, lane));
     Way::Lane
 }

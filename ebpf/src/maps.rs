@@ -13,9 +13,9 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray, RingBuf, SockMap},
 };
 use heddle_common::{
-    Address, Attestation, Destination, EVENTS_BYTES, Lane, LocalEndpoints, MAX_ATTESTED, MAX_DENIALS, MAX_DESTINATIONS,
-    MAX_PODS, MAX_RESIDENTS, MAX_SERVICES, MAX_VERDICTS, Pair, Pod, PodCounts, PodGate, Resident, ServicePort, Tuple,
-    Verdict, gate,
+    ADMITTED_PLACES, Address, Asked, Attestation, Destination, EVENTS_BYTES, LOOKED_PLACES, LocalEndpoints,
+    MAX_ATTESTED, MAX_DENIALS, MAX_DESTINATIONS, MAX_PODS, MAX_RESIDENTS, MAX_SERVICES, MAX_VERDICTS, PROGRESS_JIFFIES,
+    Pair, Pod, PodCounts, PodGate, Resident, ServicePort, Tuple, Verdict, gate,
 };
 
 use crate::address::Ip;
@@ -58,9 +58,20 @@ static DENIALS: PerCpuArray<u64> = PerCpuArray::pinned(MAX_DENIALS, 0);
 #[map]
 pub static SERVICES: HashMap<ServicePort, LocalEndpoints> = HashMap::pinned(MAX_SERVICES, BPF_F_NO_PREALLOC);
 
-/// What is known of a socket on the kernel lane; goes with the socket. The loader pins it.
+/// What the app asked for, where the kernel chose a Service's endpoint; goes with the socket. The loader pins it. To make and
+/// free it costs microseconds, so no other socket has one.
 #[btf_map]
-static LANES: SkStorage<Lane> = SkStorage::new();
+static ASKED: SkStorage<Asked> = SkStorage::new();
+
+/// Cookies of the sockets that `connect` let onto the kernel lane last: their SYNs leave in the same system call. A place is
+/// found by the cookie and overwritten by the next that falls on it, so nothing is ever left behind.
+#[map]
+static ADMITTED: Array<u64> = Array::pinned(ADMITTED_PLACES, 0);
+
+/// When the bytes of a socket on the kernel lane were last looked at: the lower half of its cookie and of the clock's ticks. A
+/// measured round trip is frequent and a look in `ATTESTED` dear, so this tells first whether it is time for one.
+#[map]
+static LOOKED: Array<u64> = Array::pinned(LOOKED_PLACES, 0);
 
 /// Connections of the kernel lane that have ended.
 #[map]
@@ -127,29 +138,75 @@ pub fn verdict(source: u64, destination: u64, port: u16) -> Option<Verdict> {
     unsafe { VERDICTS.get(Pair::new(source, destination, port)) }.copied()
 }
 
-/// What is kept of a socket on the kernel lane; null where nothing is.
+/// What is kept of a socket that was connected to a Service; null where nothing is.
 ///
 /// # Safety
 /// `socket` is a full socket that the kernel gave to the running program.
 #[inline(always)]
-pub unsafe fn lane(socket: *mut bpf_sock) -> *mut Lane {
-    // SAFETY: the caller's promise; LANES is a map.
-    unsafe { bpf_sk_storage_get(lanes(), socket.cast(), ptr::null_mut(), 0) }.cast()
+pub unsafe fn asked(socket: *mut bpf_sock) -> *mut Asked {
+    // SAFETY: the caller's promise; ASKED is a map.
+    unsafe { bpf_sk_storage_get(storage(), socket.cast(), ptr::null_mut(), 0) }.cast()
 }
 
-/// As [`lane`]; made, all zero, where nothing is. Null where there is no memory.
+/// As [`asked`]; made, all zero, where nothing is. Null where there is no memory.
 ///
 /// # Safety
-/// As [`lane`].
+/// As [`asked`].
 #[inline(always)]
-pub unsafe fn make_lane(socket: *mut bpf_sock) -> *mut Lane {
-    // SAFETY: as in `lane`.
-    unsafe { bpf_sk_storage_get(lanes(), socket.cast(), ptr::null_mut(), BPF_SK_STORAGE_GET_F_CREATE.into()) }.cast()
+pub unsafe fn make_asked(socket: *mut bpf_sock) -> *mut Asked {
+    // SAFETY: as in `asked`.
+    unsafe { bpf_sk_storage_get(storage(), socket.cast(), ptr::null_mut(), BPF_SK_STORAGE_GET_F_CREATE.into()) }.cast()
 }
 
 #[inline(always)]
-fn lanes() -> *mut c_void {
-    (&raw const LANES).cast_mut().cast()
+fn storage() -> *mut c_void {
+    (&raw const ASKED).cast_mut().cast()
+}
+
+/// Notes that this socket was let onto the kernel lane. One word, so that whoever reads it has all of it or nothing.
+#[inline(always)]
+pub fn admit(cookie: u64) {
+    if let Some(admitted) = admitted(cookie) {
+        // SAFETY: a map's value of eight bytes, 8-aligned, that lives as long as the program runs.
+        unsafe { admitted.write_volatile(cookie) }
+    }
+}
+
+/// Whether this socket was let onto the kernel lane; not any more afterwards.
+#[inline(always)]
+pub fn take_admission(cookie: u64) -> bool {
+    let Some(admitted) = admitted(cookie) else { return false };
+    // SAFETY: as in `admit`.
+    unsafe {
+        if admitted.read_volatile() != cookie {
+            return false;
+        }
+        admitted.write_volatile(0);
+    }
+    true
+}
+
+#[inline(always)]
+fn admitted(cookie: u64) -> Option<*mut u64> {
+    ADMITTED.get_ptr_mut(cookie as u32 % ADMITTED_PLACES)
+}
+
+/// Notes that the bytes of this socket are looked at now, in ticks of the kernel's clock.
+#[inline(always)]
+pub fn look(cookie: u64, now: u32) {
+    if let Some(looked) = LOOKED.get_ptr_mut(cookie as u32 % LOOKED_PLACES) {
+        // SAFETY: as in `admit`.
+        unsafe { looked.write_volatile(cookie << 32 | u64::from(now)) }
+    }
+}
+
+/// Whether it is time to look again. Yes, if another socket has taken the place.
+#[inline(always)]
+pub fn is_to_be_looked_at(cookie: u64, now: u32) -> bool {
+    let Some(looked) = LOOKED.get_ptr(cookie as u32 % LOOKED_PLACES) else { return true };
+    // SAFETY: as in `admit`.
+    let looked = unsafe { looked.read_volatile() };
+    looked >> 32 != cookie & u64::from(u32::MAX) || now.wrapping_sub(looked as u32) >= PROGRESS_JIFFIES
 }
 
 /// Whether the pod asked to be left alone while no agent serves it.

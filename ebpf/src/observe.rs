@@ -4,22 +4,25 @@
 //! side makes the entry, each side writes its own part of it, and the last to close takes it out. It must never vouch for
 //! an address that is not the pod's own, and never let a full table be taken for a good word: then the agent gets the SYN.
 
-use core::{arch::asm, ffi::c_void, mem::size_of, ptr};
+use core::{
+    arch::asm,
+    ffi::c_void,
+    mem::{offset_of, size_of},
+    ptr,
+};
 
 use aya_ebpf::{
     EbpfContext,
     bindings::{
-        BPF_ANY, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RTT_CB,
-        BPF_SOCK_OPS_RTT_CB_FLAG, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
-        BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK, SO_MARK, bpf_sock,
-        bpf_sock_ops,
+        BPF_ANY, BPF_NOEXIST, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
+        BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RTT_CB_FLAG, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_CLOSING, BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2,
+        BPF_TCP_LAST_ACK, BPF_TCP_SYN_SENT, SO_MARK, bpf_sock, bpf_sock_ops,
     },
     helpers::{bpf_get_socket_cookie, bpf_jiffies64, bpf_ktime_get_ns, bpf_setsockopt, bpf_sock_ops_cb_flags_set},
     programs::SockOpsContext,
 };
-use heddle_common::{
-    Attestation, EVENTS_BYTES, Ended, Lane, MARK, MARK_MASK, PROGRESS_JIFFIES, PodCounts, Tuple, attested_by, end, side,
-};
+use heddle_common::{Attestation, EVENTS_BYTES, Ended, MARK, MARK_MASK, PodCounts, Resident, Tuple, attested_by, side};
 
 use crate::{
     address::{self, AF_INET, Ip, word, words},
@@ -49,23 +52,16 @@ pub fn observe(ctx: &SockOpsContext) -> u32 {
     PROCEED
 }
 
-/// The socket and what is kept of it.
-#[inline(always)]
-fn lane(ctx: &SockOpsContext) -> Option<(*mut bpf_sock, *mut Lane)> {
-    // SAFETY: the kernel gives a valid context, and with it a full socket or none.
-    unsafe {
-        let socket = (*ctx.ops).__bindgen_anon_2.sk;
-        if socket.is_null() {
-            return None;
-        }
-        let lane = maps::lane(socket);
-        (!lane.is_null()).then_some((socket, lane))
-    }
+/// A side of a connection.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Source,
+    Destination,
 }
 
 /// The connection as its destination sees it.
 #[inline(always)]
-fn tuple(ctx: &SockOpsContext, of: u32) -> Tuple {
+fn tuple(ctx: &SockOpsContext, of: End) -> Tuple {
     let ops = ctx.ops;
     // SAFETY: the kernel gives a valid context. The remote port is in network order, in the upper half of its word on
     // little-endian machines.
@@ -78,7 +74,7 @@ fn tuple(ctx: &SockOpsContext, of: u32) -> Tuple {
         let remote_port = u16::from_be((word!(ops, bpf_sock_ops, remote_port) >> 16) as u16);
         (local, remote, word!(ops, bpf_sock_ops, local_port) as u16, remote_port)
     };
-    let (source, destination, source_port, destination_port) = if of == end::SOURCE {
+    let (source, destination, source_port, destination_port) = if of == End::Source {
         (local, remote, local_port, remote_port)
     } else {
         (remote, local, remote_port, local_port)
@@ -86,43 +82,52 @@ fn tuple(ctx: &SockOpsContext, of: u32) -> Tuple {
     Tuple { source: source.address(), destination: destination.address(), source_port, destination_port, padding: 0 }
 }
 
-/// The pod's socket is about to send its SYN: vouches for it.
+/// The pod's socket is about to send its SYN: vouches for it, if `connect` let it onto the lane.
 #[inline(always)]
 fn opens(ctx: &SockOpsContext) {
-    let Some((socket, lane)) = lane(ctx) else { return };
-    // A connect() with TCP_FASTOPEN_CONNECT sends its SYN with the first byte, and the app may have set marks until then.
-    // SAFETY: the context's own full socket; the storage is this socket's, which the caller holds locked.
-    if unsafe { word!(socket, bpf_sock, mark) } & MARK_MASK == MARK {
-        // SAFETY: as above.
-        unsafe { (*lane).end = end::NONE };
+    // SAFETY: the kernel gives a valid context, and with it a full socket or none.
+    let socket = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
+    // An app that connects by TCP_FASTOPEN_CONNECT sends its SYN with the first byte, and may have set marks until then.
+    // SAFETY: a full socket of the context.
+    if socket.is_null() || unsafe { word!(socket, bpf_sock, mark) } & MARK_MASK == MARK {
         return;
     }
-    // SAFETY: as above.
-    let (end, destination, slot, service, service_port) = unsafe {
-        let service = Ip::from_place(&raw const (*lane).service);
-        ((*lane).end, (*lane).destination, (*lane).slot, service, (*lane).service_port)
-    };
-    if end != end::SOURCE {
+    let tuple = tuple(ctx, End::Source);
+    // SAFETY: the agent replaces entries whole and never changes them in place; integers are copied.
+    let Some(&Resident { workload, slot, .. }) = (unsafe { maps::RESIDENTS.get(tuple.destination) }) else { return };
+    if workload == maps::workload() {
         return;
     }
-    let tuple = tuple(ctx, end::SOURCE);
-    if let Some(earlier) = maps::ATTESTED.get_ptr_mut(tuple) {
-        // SAFETY: a live entry of the map. The kernel gave the port to this socket, so the earlier one is over.
-        unsafe {
-            if (*earlier).by == attested_by::KERNEL {
-                finish(&tuple, earlier);
-            }
+    // SAFETY: the helper takes the context that the kernel gave.
+    let id = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    if !maps::take_admission(id) {
+        // Thousands of others were let on between the two hooks (TCP_FASTOPEN_CONNECT); or `connect` left an open pod alone for want of an agent, which
+        // can't be told apart in here.
+        if maps::is_destination(Ip::from_address(tuple.destination)) && !maps::open_when_unattended() {
+            maps::count(offset_of!(PodCounts, lane_missed));
+            to_the_agent(ctx);
         }
+        return;
     }
-    // SAFETY: the helpers take the context that the kernel gave, or nothing.
-    let (id, now) = unsafe { (bpf_get_socket_cookie(ctx.as_ptr()), bpf_ktime_get_ns()) };
+    // SAFETY: a full socket of the context; the storage is this socket's, which the caller holds locked.
+    let (service, service_port) = unsafe {
+        let asked = maps::asked(socket);
+        if asked.is_null() {
+            (Ip::UNSPECIFIED, 0)
+        } else {
+            (Ip::from_place(&raw const (*asked).service), (*asked).port)
+        }
+    };
+    // SAFETY: the helper takes nothing.
+    let opened = unsafe { bpf_ktime_get_ns() };
     let attestation = Attestation {
         slot,
         by: attested_by::KERNEL,
         source: maps::workload(),
-        destination,
+        destination: workload,
         id,
-        opened: now,
+        peer: 0,
+        opened,
         service: service.address(),
         service_port,
         padding: 0,
@@ -136,20 +141,27 @@ fn opens(ctx: &SockOpsContext) {
         sent: 0,
         received: 0,
     };
-    let own = maps::is_own(Ip::from_address(tuple.source));
-    if !own || maps::ATTESTED.insert(tuple, attestation, u64::from(BPF_ANY)).is_err() {
-        maps::count(core::mem::offset_of!(PodCounts, lane_full));
-        // SAFETY: as above.
-        unsafe { (*lane).end = end::NONE };
+    if !maps::is_own(Ip::from_address(tuple.source)) || !attest(&tuple, &attestation) {
+        maps::count(offset_of!(PodCounts, lane_full));
         return to_the_agent(ctx);
     }
-    // SAFETY: as above.
-    unsafe {
-        (*lane).id = id;
-        (*lane).looked = bpf_jiffies64();
-        (*lane).state = 0;
+    watch(ctx, id);
+}
+
+/// Makes the entry. Whether there was room for it.
+#[inline(always)]
+fn attest(tuple: &Tuple, attestation: &Attestation) -> bool {
+    if maps::ATTESTED.insert(tuple, attestation, u64::from(BPF_NOEXIST)).is_ok() {
+        return true;
     }
-    watch(ctx);
+    let Some(earlier) = maps::ATTESTED.get_ptr_mut(tuple) else { return false };
+    // SAFETY: a live entry of the map. The kernel gave the port to this socket, so the earlier one is over.
+    unsafe {
+        if (*earlier).by == attested_by::KERNEL {
+            finish(tuple, earlier);
+        }
+    }
+    maps::ATTESTED.insert(tuple, attestation, u64::from(BPF_ANY)).is_ok()
 }
 
 /// Marks the socket, so that its SYN takes the local route after all: TCP asks for the route again once the mark changed.
@@ -171,9 +183,10 @@ fn to_the_agent(ctx: &SockOpsContext) {
 
 /// Asks for the callbacks that tell of progress and end.
 #[inline(always)]
-fn watch(ctx: &SockOpsContext) {
-    // SAFETY: the kernel gives a valid context.
+fn watch(ctx: &SockOpsContext, cookie: u64) {
+    // SAFETY: the kernel gives a valid context; the other helper takes nothing.
     unsafe {
+        maps::look(cookie, bpf_jiffies64() as u32);
         let flags =
             word!(ctx.ops, bpf_sock_ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG;
         // It fails for a socket that is none, and then there is nothing to watch.
@@ -184,60 +197,78 @@ fn watch(ctx: &SockOpsContext) {
 /// A connection came to the pod and its handshake is complete.
 #[inline(always)]
 fn accepted(ctx: &SockOpsContext) {
-    let tuple = tuple(ctx, end::DESTINATION);
+    let tuple = tuple(ctx, End::Destination);
     let Some(entry) = maps::ATTESTED.get_ptr_mut(tuple) else { return };
-    // SAFETY: a live entry of the map; the destination's side writes its own fields alone. The socket is the context's, and
-    // full as its handshake is complete.
+    // SAFETY: the helper takes the context that the kernel gave.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: a live entry of the map; the destination's side writes its own fields alone.
     unsafe {
         if (*entry).by != attested_by::KERNEL || (*entry).destination != maps::workload() {
             return;
         }
-        let socket = (*ctx.ops).__bindgen_anon_2.sk;
-        let lane = if socket.is_null() { ptr::null_mut() } else { maps::make_lane(socket) };
-        if lane.is_null() {
-            // Without memory for it nobody will tell of this side's end.
-            (*entry).destination_state = side::ESTABLISHED | side::CLOSED;
-            add_one(&raw mut (*entry).closed);
-            return;
-        }
+        (*entry).peer = cookie;
         (*entry).destination_state = side::ESTABLISHED;
-        (*lane).id = (*entry).id;
-        (*lane).looked = bpf_jiffies64();
-        (*lane).state = side::ESTABLISHED;
-        (*lane).end = end::DESTINATION;
     }
-    watch(ctx);
+    watch(ctx, cookie);
 }
 
-/// A socket of the lane goes on to another state.
+/// A connection of the lane, as one of its sides sees it.
+struct Side {
+    end: End,
+    tuple: Tuple,
+    entry: *mut Attestation,
+}
+
+/// The connection of the context's socket: there may be another one of the same addresses and ports, before or after it.
+#[inline(always)]
+fn side(ctx: &SockOpsContext, cookie: u64) -> Option<Side> {
+    let tuple = tuple(ctx, End::Source);
+    if let Some(entry) = maps::ATTESTED.get_ptr_mut(tuple) {
+        // SAFETY: a live entry of the map.
+        if unsafe { (*entry).by == attested_by::KERNEL && (*entry).id == cookie } {
+            return Some(Side { end: End::Source, tuple, entry });
+        }
+    }
+    let tuple = Tuple {
+        source: tuple.destination,
+        destination: tuple.source,
+        source_port: tuple.destination_port,
+        destination_port: tuple.source_port,
+        padding: 0,
+    };
+    let entry = maps::ATTESTED.get_ptr_mut(tuple)?;
+    // SAFETY: as above.
+    let its = unsafe { (*entry).by == attested_by::KERNEL && (*entry).peer == cookie };
+    its.then_some(Side { end: End::Destination, tuple, entry })
+}
+
+/// A socket of the lane goes on to another state: only its end is of interest.
 #[inline(always)]
 fn changes(ctx: &SockOpsContext) {
-    let Some((_, lane)) = lane(ctx) else { return };
-    // SAFETY: the kernel gives a valid context, with the old and the new state; the storage is this socket's.
+    // SAFETY: the kernel gives a valid context, with the old and the new state.
+    let [old, new, ..] = unsafe { words!(ctx.ops, bpf_sock_ops, __bindgen_anon_1) };
+    if new != BPF_TCP_CLOSE {
+        return;
+    }
+    // SAFETY: the helper takes the context that the kernel gave.
+    let Some(side) = side(ctx, unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }) else { return };
+    // SAFETY: the kernel gives a valid context; the entry is live.
     unsafe {
-        if (*lane).end == end::NONE {
-            return;
-        }
-        let [old, new, ..] = words!(ctx.ops, bpf_sock_ops, __bindgen_anon_1);
-        match new {
-            BPF_TCP_ESTABLISHED => (*lane).state |= side::ESTABLISHED,
-            BPF_TCP_FIN_WAIT1 | BPF_TCP_LAST_ACK => (*lane).state |= side::FINISHED,
-            BPF_TCP_FIN_WAIT2 => (*lane).state |= side::ACKNOWLEDGED,
-            BPF_TCP_CLOSE => {
-                let everything = word!(ctx.ops, bpf_sock_ops, snd_una) == word!(ctx.ops, bpf_sock_ops, snd_nxt);
-                if (*lane).state & side::FINISHED != 0 && old != BPF_TCP_FIN_WAIT1 && everything {
-                    (*lane).state |= side::ACKNOWLEDGED;
+        let everything = word!(ctx.ops, bpf_sock_ops, snd_una) == word!(ctx.ops, bpf_sock_ops, snd_nxt);
+        let state = side::CLOSED
+            | match old {
+                BPF_TCP_SYN_SENT => 0,
+                // The last that is sent is the FIN.
+                BPF_TCP_FIN_WAIT2 => side::ESTABLISHED | side::FINISHED | side::ACKNOWLEDGED,
+                BPF_TCP_LAST_ACK | BPF_TCP_CLOSING if everything => {
+                    side::ESTABLISHED | side::FINISHED | side::ACKNOWLEDGED
                 }
-                (*lane).state |= side::CLOSED;
-                let tuple = tuple(ctx, (*lane).end);
-                if let Some(entry) = tell(ctx, lane, &tuple)
-                    && is_last(entry, (*lane).end)
-                {
-                    finish(&tuple, entry);
-                }
-                (*lane).end = end::NONE;
-            }
-            _ => {}
+                BPF_TCP_LAST_ACK | BPF_TCP_CLOSING | BPF_TCP_FIN_WAIT1 => side::ESTABLISHED | side::FINISHED,
+                _ => side::ESTABLISHED,
+            };
+        tell(ctx, &side, state);
+        if is_last(side.entry, side.end) {
+            finish(&side.tuple, side.entry);
         }
     }
 }
@@ -245,40 +276,41 @@ fn changes(ctx: &SockOpsContext) {
 /// A round trip was measured: now and then a look at the bytes.
 #[inline(always)]
 fn progresses(ctx: &SockOpsContext) {
-    let Some((_, lane)) = lane(ctx) else { return };
-    // SAFETY: the helper takes nothing; the storage is this socket's.
-    unsafe {
-        let now = bpf_jiffies64();
-        if (*lane).end == end::NONE || now.wrapping_sub((*lane).looked) < PROGRESS_JIFFIES {
-            return;
-        }
-        (*lane).looked = now;
-        let tuple = tuple(ctx, (*lane).end);
-        tell(ctx, lane, &tuple);
+    // SAFETY: the helpers take the context that the kernel gave, or nothing.
+    let (cookie, now) = unsafe { (bpf_get_socket_cookie(ctx.as_ptr()), bpf_jiffies64() as u32) };
+    if !maps::is_to_be_looked_at(cookie, now) {
+        return;
     }
+    // SAFETY: the kernel gives a valid context.
+    let state = match unsafe { word!(ctx.ops, bpf_sock_ops, state) } {
+        BPF_TCP_SYN_SENT => return,
+        BPF_TCP_FIN_WAIT1 | BPF_TCP_LAST_ACK | BPF_TCP_CLOSING => side::ESTABLISHED | side::FINISHED,
+        BPF_TCP_FIN_WAIT2 => side::ESTABLISHED | side::FINISHED | side::ACKNOWLEDGED,
+        _ => side::ESTABLISHED,
+    };
+    let Some(side) = side(ctx, cookie) else { return };
+    maps::look(cookie, now);
+    // SAFETY: the entry is live.
+    unsafe { tell(ctx, &side, state) };
 }
 
-/// Writes this side's part of the entry, if it still is this connection's.
+/// Writes this side's part of the entry. `state`: bits of [`side`].
 ///
 /// # Safety
-/// `lane` is the storage of the context's socket.
+/// The entry is live.
 #[inline(always)]
-unsafe fn tell(ctx: &SockOpsContext, lane: *mut Lane, tuple: &Tuple) -> Option<*mut Attestation> {
-    let entry = maps::ATTESTED.get_ptr_mut(tuple)?;
-    // SAFETY: a live entry of the map, of which each side writes its own fields; the kernel gives a valid context.
+unsafe fn tell(ctx: &SockOpsContext, side: &Side, state: u32) {
+    let entry = side.entry;
+    // SAFETY: the caller's promise; each side writes its own fields alone. The kernel gives a valid context.
     unsafe {
-        if (*entry).by != attested_by::KERNEL || (*entry).id != (*lane).id {
-            return None;
-        }
-        let state = (*lane).state;
-        let acknowledged = address::load_u64::<{ core::mem::offset_of!(bpf_sock_ops, bytes_acked) }, _>(ctx.ops);
+        let acknowledged = address::load_u64::<{ offset_of!(bpf_sock_ops, bytes_acked) }, _>(ctx.ops);
         // TCP counts SYN and FIN as a byte each; the SYN only of the side that connected.
-        let syn = u64::from((*lane).end == end::SOURCE && state & side::ESTABLISHED != 0);
+        let syn = u64::from(side.end == End::Source && state & side::ESTABLISHED != 0);
         let fin = u64::from(state & side::ACKNOWLEDGED != 0);
         let bytes = acknowledged.saturating_sub(syn + fin);
         let rtt = word!(ctx.ops, bpf_sock_ops, srtt_us) >> SRTT_SHIFT;
         let retransmissions = word!(ctx.ops, bpf_sock_ops, total_retrans);
-        if (*lane).end == end::SOURCE {
+        if side.end == End::Source {
             (*entry).sent = bytes;
             (*entry).source_rtt_us = rtt;
             (*entry).source_retransmissions = retransmissions;
@@ -290,7 +322,6 @@ unsafe fn tell(ctx: &SockOpsContext, lane: *mut Lane, tuple: &Tuple) -> Option<*
             (*entry).destination_state = state;
         }
     }
-    Some(entry)
 }
 
 /// Notes that this side is closed. Whether nobody will tell any more: both sides are, or it is the source's and the
@@ -302,12 +333,12 @@ unsafe fn tell(ctx: &SockOpsContext, lane: *mut Lane, tuple: &Tuple) -> Option<*
 /// # Safety
 /// `entry` is a live entry of the map.
 #[inline(always)]
-unsafe fn is_last(entry: *mut Attestation, of: u32) -> bool {
+unsafe fn is_last(entry: *mut Attestation, of: End) -> bool {
     // SAFETY: the caller's promise. Volatile, as the compiler does not see what the addition does.
     unsafe {
         add_one(&raw mut (*entry).closed);
         let both = (&raw const (*entry).closed).read_volatile() >= 2;
-        both || of == end::SOURCE && (&raw const (*entry).destination_state).read_volatile() & side::ESTABLISHED == 0
+        both || of == End::Source && (&raw const (*entry).destination_state).read_volatile() & side::ESTABLISHED == 0
     }
 }
 
@@ -348,7 +379,7 @@ unsafe fn finish(tuple: &Tuple, entry: *mut Attestation) {
     unsafe {
         let Some(mut record) = maps::EVENTS.reserve::<Ended>(0) else {
             if maps::ATTESTED.remove(tuple).is_ok() {
-                maps::count(core::mem::offset_of!(PodCounts, events_lost));
+                maps::count(offset_of!(PodCounts, events_lost));
             }
             return;
         };

@@ -42,10 +42,10 @@ pub fn ipv6(ctx: &SockAddrContext) -> i32 {
 fn service(ctx: &SockAddrContext) -> Option<(Ip, u32)> {
     // SAFETY: the kernel gives a valid context with a full socket; the storage is this socket's.
     unsafe {
-        let lane = maps::lane(lane::socket(ctx));
-        if lane.is_null() || (*lane).service_port == 0 {
+        let asked = maps::asked(lane::socket(ctx));
+        if asked.is_null() || (*asked).port == 0 {
             return None;
         }
-        Some((Ip::from_place(&raw const (*lane).service), u32::from((*lane).service_port.to_be())))
+        Some((Ip::from_place(&raw const (*asked).service), u32::from((*asked).port.to_be())))
     }
 }

@@ -290,7 +290,7 @@ fn instance(folder: &Path, pod: &Pod) -> Result<Instance, String> {
         .btf(None)
         .default_map_pin_directory(folder)
         .map_pin_path(maps::LOGS, folder.join(maps::LOGS))
-        .map_pin_path(maps::LANES, folder.join(maps::LANES))
+        .map_pin_path(maps::ASKED, folder.join(maps::ASKED))
         .override_global(globals::POD, pod, true)
         .load(OBJECT)
         .map_err(|error| chain(&error))?;

@@ -61,7 +61,9 @@ impl Maps {
         let denials = open(maps::DENIALS)?;
         let services = open(maps::SERVICES)?;
         open(maps::EVENTS)?;
-        open(maps::LANES)?;
+        open(maps::ASKED)?;
+        open(maps::ADMITTED)?;
+        open(maps::LOOKED)?;
         Ok(Self {
             residents: Mutex::new(typed(maps::RESIDENTS, residents)?),
             verdicts: Mutex::new(typed(maps::VERDICTS, verdicts)?),
