@@ -101,9 +101,9 @@ pub mod maps {
     pub const VERDICTS: &str = "VERDICTS";
     pub const DENIALS: &str = "DENIALS";
     pub const SERVICES: &str = "SERVICES";
-    /// When the bytes of a socket on the kernel lane were last looked at, by the lower bits of its cookie.
+    /// When the bytes of a socket on the kernel lane were last looked at, by its cookie.
     pub const LOOKED: &str = "LOOKED";
-    /// Cookies of sockets that `connect` let onto the kernel lane, by their lower bits.
+    /// Cookies of sockets that `connect` let onto the kernel lane.
     pub const ADMITTED: &str = "ADMITTED";
     /// Socket storage, freed with the socket; not pinned by name in the object.
     pub const ASKED: &str = "ASKED";

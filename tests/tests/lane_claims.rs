@@ -424,7 +424,9 @@ fn a_full_table_of_verdicts_leaves_new_pairs_to_the_agent() -> Result {
     let selector = json!({"matchLabels": {"app": "server"}});
     let rule = json!({"from": [{"source": both}]});
     lab.authorize("shop", "rule", &json!({"selector": selector, "action": "ALLOW", "rules": [rule]}))?;
-    lab.take_the_lane(&late, server, FASTOPEN)?;
+    until(Duration::from_secs(10), "the policy", || {
+        lab.learn(&late, server, FASTOPEN).is_ok_and(|learned| learned == verdict::ALLOW).then_some(())
+    })?;
     lab.take_the_lane(friend, server, ECHO)?;
     let stuffing = kernel.fill_verdicts()?;
     assert!(stuffing.len() > 60_000, "{}", stuffing.len());

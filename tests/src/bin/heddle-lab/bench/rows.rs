@@ -9,16 +9,19 @@ pub enum Place {
     SameNode,
     /// Pods of a node that ask for mutual TLS: through the agent.
     SameNodeMtls,
+    /// A client outside the mesh on another node, which policy lets in: through the server's agent.
+    Plaintext,
 }
 
 impl Place {
-    pub const ALL: [Self; 3] = [Self::CrossNode, Self::SameNode, Self::SameNodeMtls];
+    pub const ALL: [Self; 4] = [Self::CrossNode, Self::SameNode, Self::SameNodeMtls, Self::Plaintext];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::CrossNode => "cross_node",
             Self::SameNode => "same_node",
             Self::SameNodeMtls => "same_node_mtls",
+            Self::Plaintext => "plaintext",
         }
     }
 
@@ -26,7 +29,7 @@ impl Place {
     pub fn measurements(self) -> Vec<Measurement> {
         match self {
             Self::CrossNode | Self::SameNode => Measurement::ALL.into(),
-            Self::SameNodeMtls => vec![
+            Self::SameNodeMtls | Self::Plaintext => vec![
                 Measurement::Throughput { streams: 1, reverse: false },
                 Measurement::Connect { concurrent: 32 },
                 Measurement::Http { connections: 16 },
@@ -36,7 +39,7 @@ impl Place {
 
     /// How many idle connections memory is read at.
     pub fn idle_connections(self) -> &'static [u16] {
-        if self == Self::SameNodeMtls { &[] } else { &IDLE_CONNECTIONS }
+        if matches!(self, Self::SameNodeMtls | Self::Plaintext) { &[] } else { &IDLE_CONNECTIONS }
     }
 
     /// Every row that it has, in the order of the report.
@@ -266,9 +269,11 @@ mod tests {
         for place in [Place::CrossNode, Place::SameNode] {
             promised_of(place);
         }
-        let names: Vec<String> = Place::SameNodeMtls.rows().into_iter().map(|row| row.name).collect();
-        for promised in ["throughput_1", "connect_c32", "http_c16", "cpu_s_per_gb"] {
-            assert!(names.iter().any(|name| name == promised), "{promised}");
+        for place in [Place::SameNodeMtls, Place::Plaintext] {
+            let names: Vec<String> = place.rows().into_iter().map(|row| row.name).collect();
+            for promised in ["throughput_1", "connect_c32", "http_c16", "cpu_s_per_gb"] {
+                assert!(names.iter().any(|name| name == promised), "{promised}");
+            }
         }
     }
 

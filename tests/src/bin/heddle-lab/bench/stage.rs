@@ -92,7 +92,11 @@ fn authorize(lab: &Lab) -> Result<()> {
 }
 
 fn agents(lab: &Lab, place: Place) -> Result<Vec<u32>> {
-    let nodes: &[u8] = if place == Place::CrossNode { &[1, 2] } else { &[1] };
+    let nodes: &[u8] = match place {
+        Place::CrossNode => &[1, 2],
+        Place::SameNode | Place::SameNodeMtls => &[1],
+        Place::Plaintext => &[2],
+    };
     nodes.iter().map(|node| lab.agent(*node)?.daemon.pid().context("an agent is gone")).collect()
 }
 
@@ -102,7 +106,7 @@ pub fn takes_the_lane(place: Place, way: Way) -> bool {
 }
 
 fn server_node(place: Place) -> u8 {
-    if place == Place::CrossNode { 2 } else { 1 }
+    if matches!(place, Place::CrossNode | Place::Plaintext) { 2 } else { 1 }
 }
 
 impl Pair {
@@ -111,9 +115,14 @@ impl Pair {
         let describe = |role: &str, node: u8| {
             let pod = lab.pod(NAMESPACE, &name(role)).on(node).service_account(role);
             let pod = if place == Place::SameNodeMtls { pod.annotate("heddle.dev/same-node", "mtls") } else { pod };
-            if way == Way::None { pod.outside_the_mesh() } else { pod }
+            let outside = way == Way::None || (place, role) == (Place::Plaintext, "client");
+            if outside { pod.outside_the_mesh() } else { pod }
         };
         let server = describe("server", server_node(place)).serves(&[&format!("reply:{REPLY}")]).start()?;
+        if (place, way) == (Place::Plaintext, Way::Mesh) {
+            let selector = json!({"matchLabels": {"app": server.name()}});
+            lab.authorize(NAMESPACE, "anyone", &json!({"selector": selector, "rules": [{}]}))?;
+        }
         let client = describe("client", 1).start()?;
         client.netns().sysctl(&[("net/ipv4/ip_local_port_range", CLIENT_PORTS), ("net/ipv4/tcp_tw_reuse", "1")])?;
         let folder = lab.dir().join(server.name());
