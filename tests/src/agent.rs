@@ -263,6 +263,15 @@ impl Agent {
         serde_json::from_str(&output.stdout).with_context(|| format!("heddle status --json: {output:?}"))
     }
 
+    /// Serial number (hex) of the certificate that it holds for an identity, waited for.
+    pub fn serial(&self, identity: &str) -> Result<String> {
+        until(START, &format!("a certificate for {identity}"), || {
+            let (_, list) = self.ask_json(&["certs"]).ok()?;
+            let found = list.as_array()?.iter().find(|line| line["identity"] == identity)?;
+            found["serial"].as_str().filter(|serial| !serial.is_empty()).map(str::to_owned)
+        })
+    }
+
     /// How many connections it carries, as `heddle connections --json` lists them.
     pub fn connections(&self) -> Result<usize> {
         let output = self.heddle(&["connections", "--admin-socket", utf8(&self.admin)?, "--json"])?;

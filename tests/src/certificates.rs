@@ -5,10 +5,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CustomExtension, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType,
+    SerialNumber,
 };
 use time::{Duration, OffsetDateTime};
 
@@ -32,6 +33,9 @@ pub struct Leaf {
 pub struct Wanted<'a> {
     /// URI names.
     pub names: &'a [&'a str],
+    /// One more URI name, byte for byte and at most 100 of them, in the place of all others.
+    pub raw_name: Option<&'a [u8]>,
+    pub dns_names: &'a [&'a str],
     /// Validity, from now (negative for the past).
     pub from: Duration,
     pub to: Duration,
@@ -41,13 +45,13 @@ impl<'a> Wanted<'a> {
     /// Valid now, for an hour.
     #[must_use]
     pub fn valid(names: &'a [&'a str]) -> Self {
-        Self { names, from: Duration::minutes(-1), to: Duration::hours(1) }
+        Self { names, raw_name: None, dns_names: &[], from: Duration::minutes(-1), to: Duration::hours(1) }
     }
 
     /// Was valid, until a minute ago.
     #[must_use]
     pub fn expired(names: &'a [&'a str]) -> Self {
-        Self { names, from: Duration::hours(-2), to: Duration::minutes(-1) }
+        Self { from: Duration::hours(-2), to: Duration::minutes(-1), ..Self::valid(names) }
     }
 }
 
@@ -84,12 +88,56 @@ impl Root {
         for name in wanted.names {
             params.subject_alt_names.push(SanType::URI((*name).try_into()?));
         }
+        for name in wanted.dns_names {
+            params.subject_alt_names.push(SanType::DnsName((*name).try_into()?));
+        }
+        if let Some(name) = wanted.raw_name {
+            params.subject_alt_names.clear();
+            // SEQUENCE { [6] IA5String }, both shorter than 128 bytes (X.690 §8.1.3.4).
+            let length = u8::try_from(name.len())?;
+            let names = [&[0x30, length + 2, 0x86, length], name].concat();
+            params.custom_extensions = vec![CustomExtension::from_oid_content(&[2, 5, 29, 17], names)];
+        }
         let key = KeyPair::generate()?;
         let leaf = Leaf { certificate: folder.join(format!("{name}.pem")), key: folder.join(format!("{name}.key")) };
         fs::write(&leaf.certificate, params.signed_by(&key, &self.issuer)?.pem())?;
         write_secret(&leaf.key, &key.serialize_pem())?;
         Ok(leaf)
     }
+
+    /// A revocation list, PEM, of certificates by their serial numbers in hex; to be replaced after `lasts`.
+    pub fn crl(&self, serials: &[String], lasts: Duration) -> Result<String> {
+        let now = OffsetDateTime::now_utc();
+        let revoked = serials.iter().map(|serial| {
+            Ok(RevokedCertParams {
+                serial_number: SerialNumber::from(bytes(serial)?),
+                revocation_time: now,
+                reason_code: Some(rcgen::RevocationReason::KeyCompromise),
+                invalidity_date: None,
+            })
+        });
+        let list = CertificateRevocationListParams {
+            this_update: now - Duration::days(1),
+            next_update: now + lasts,
+            crl_number: SerialNumber::from(now.unix_timestamp().unsigned_abs()),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect::<Result<_>>()?,
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        Ok(list.signed_by(&self.issuer)?.pem()?)
+    }
+}
+
+/// Writes a file beside `path` and renames it, as every writer of whole files does.
+pub fn replace(path: &Path, text: &str) -> Result<()> {
+    let beside = path.with_extension("new");
+    fs::write(&beside, text)?;
+    Ok(fs::rename(&beside, path)?)
+}
+
+fn bytes(hex: &str) -> Result<Vec<u8>> {
+    let pair = |at| hex.get(at..at + 2).and_then(|pair| u8::from_str_radix(pair, 16).ok());
+    (0..hex.len()).step_by(2).map(pair).collect::<Option<_>>().with_context(|| format!("{hex:?} is no serial number"))
 }
 
 fn write_secret(path: &Path, text: &str) -> Result<()> {

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     net::SocketAddr,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU8, Ordering},
@@ -14,11 +14,12 @@ use std::{
 
 use anyhow::{Context, Result};
 use serde_json::Value;
+use time::Duration;
 
 use crate::{
     agent::{Agent, AgentOptions, Ca, TRUST_DOMAIN},
     capture::Recording,
-    certificates::Root,
+    certificates::{Root, replace},
     manifests::{self, Manifests},
     node::Node,
     pod::{Pod, PodBuilder},
@@ -28,6 +29,9 @@ use crate::{
 
 /// Port of the lab's CA.
 const CA_PORT: u16 = 15012;
+
+/// File of the revocation lists, below the lab's folder.
+const CRL: &str = "crl.pem";
 
 /// What every part of a lab stands on.
 #[derive(Debug)]
@@ -72,6 +76,8 @@ pub struct LabBuilder {
     nodes: u8,
     agents: Vec<u8>,
     options: AgentOptions,
+    /// Revocation lists are asked for, and what happens while they can't be used.
+    crl: Option<String>,
 }
 
 impl LabBuilder {
@@ -107,6 +113,13 @@ impl LabBuilder {
     #[must_use]
     pub fn files(mut self, count: u64) -> Self {
         self.options.files = Some(count);
+        self
+    }
+
+    /// Agents follow the revocation lists in [`Lab::crl`]; `failure` is what they do while they can't, `refuse` or `last-good`.
+    #[must_use]
+    pub fn revocation(mut self, failure: &str) -> Self {
+        self.crl = Some(failure.to_owned());
         self
     }
 
@@ -173,7 +186,7 @@ impl Lab {
 
     #[must_use]
     pub fn builder() -> LabBuilder {
-        LabBuilder { nodes: 2, agents: vec![1, 2], options: AgentOptions::default() }
+        LabBuilder { nodes: 2, agents: vec![1, 2], options: AgentOptions::default(), crl: None }
     }
 
     fn raise(&mut self, wanted: &LabBuilder) -> Result<()> {
@@ -202,6 +215,13 @@ impl Lab {
                 &root.key,
             )?;
             ca.start()?;
+            let mut options = wanted.options.clone();
+            if let Some(failure) = &wanted.crl {
+                let path = claim.dir.join(CRL);
+                replace(&path, &root.crl(&[], Duration::hours(1))?)?;
+                let path = path.to_str().context("the lab's folder is not UTF-8")?.to_owned();
+                options.extra.extend(["--crl".to_owned(), path, "--crl-failure".to_owned(), failure.clone()]);
+            }
             let mut agents = BTreeMap::new();
             for number in &wanted.agents {
                 let agent = Agent::new(
@@ -211,7 +231,7 @@ impl Lab {
                     &claim.cgroup,
                     &claim.dir,
                     &claim.bpffs(),
-                    &wanted.options,
+                    &options,
                 )?;
                 agents.insert(*number, agent);
             }
@@ -257,6 +277,17 @@ impl Lab {
     #[must_use]
     pub fn manifests(&self) -> &Manifests {
         &self.ground.manifests
+    }
+
+    /// Where agents look for revocation lists, with [`LabBuilder::revocation`].
+    #[must_use]
+    pub fn crl(&self) -> PathBuf {
+        self.dir().join(CRL)
+    }
+
+    /// Revokes these certificates, by serial numbers in hex, and no other.
+    pub fn revoke(&self, serials: &[String]) -> Result<()> {
+        replace(&self.crl(), &self.root()?.crl(serials, Duration::hours(1))?)
     }
 
     /// Folder of the lab's files: logs, manifests, certificates.

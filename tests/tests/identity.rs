@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use anyhow::Context;
 use heddle_lab::{
     Lab, Pod, Result,
     certificates::{Leaf, Root, Wanted},
@@ -100,17 +101,49 @@ fn an_expired_client_is_refused() -> Result {
 }
 
 #[test]
-fn a_certificate_that_names_no_one_or_two_is_refused() -> Result {
+fn i3_a_certificate_whose_name_is_not_exact_is_refused() -> Result {
     needs_root!();
     let stage = stage()?;
     let root = stage.lab.root()?;
-    let names: [&[&str]; 3] =
-        [&[], &[CLIENT, "spiffe://cluster.local/ns/shop/sa/admin"], &["https://cluster.local/shop"]];
-    for (number, names) in names.into_iter().enumerate() {
-        let leaf = root.sign(stage.lab.dir(), &format!("odd{number}"), &Wanted::valid(names))?;
+    let raw = |name| Wanted { raw_name: Some(name), ..Wanted::valid(&[]) };
+    let (cluster, client) = ("spiffe://cluster.local", "ns/shop/sa/client");
+    let long = format!("{CLIENT}/{}", "x".repeat(2_048));
+    let texts = [
+        format!("{CLIENT}\0"),
+        format!("{CLIENT}\0.evil"),
+        format!("{cluster}\0.evil/{client}"),
+        format!("SPIFFE://cluster.local/{client}"),
+        format!("spiffe://user@cluster.local/{client}"),
+        format!("{cluster}:443/{client}"),
+        format!("{cluster}/ns/shop/sa/%63lient"),
+        format!("{cluster}/ns/shop%2fsa/client"),
+        format!("{CLIENT}\u{200b}"),
+        format!("{cluster}/ns/sh\u{43e}p/sa/client"),
+        "https://cluster.local/shop".to_owned(),
+    ];
+    let mut wanted: Vec<Wanted<'_>> = texts.iter().map(|text| raw(text.as_bytes())).collect();
+    let (one, two) = ([CLIENT, "spiffe://cluster.local/ns/shop/sa/admin"], [long.as_str()]);
+    wanted.extend([
+        Wanted::valid(&[]),
+        Wanted::valid(&one),
+        Wanted::valid(&two),
+        Wanted { dns_names: &["client.shop"], ..Wanted::valid(&[]) },
+    ]);
+    for (number, wanted) in wanted.iter().enumerate() {
+        let leaf = root.sign(stage.lab.dir(), &format!("odd{number}"), wanted)?;
+        let before = refusals(&stage)?;
         stage.refused(Some(&leaf), &["bad_spiffe_id"])?;
+        until(Duration::from_secs(10), "the refusal to be counted", || {
+            refusals(&stage).ok().filter(|after| *after > before)
+        })
+        .with_context(|| format!("{wanted:?}"))?;
     }
     Ok(())
+}
+
+fn refusals(stage: &Stage) -> Result<f64> {
+    let labels = [("direction", "inbound"), ("result", "bad_spiffe_id")];
+    Ok(stage.lab.agent(2)?.metrics()?.sum("heddle_tls_handshakes_total", &labels))
 }
 
 #[test]

@@ -23,4 +23,5 @@ mod services;
 mod stalls;
 mod telemetry;
 mod traces;
+mod trust;
 mod wire;

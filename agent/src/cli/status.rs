@@ -58,7 +58,11 @@ pub(super) fn text(status: &Status) -> String {
     for PathLine { from, to, reason, detail } in &status.unproven_paths {
         text.push_str(&format!("no lane from {from} to {to}: {reason}: {}\n", plain(detail)));
     }
-    for (what, problems) in [("manifest", &status.manifest_problems), ("policy", &status.policy_problems)] {
+    for (what, problems) in [
+        ("manifest", &status.manifest_problems),
+        ("policy", &status.policy_problems),
+        ("trust", &status.trust_problems),
+    ] {
         for problem in problems {
             text.push_str(&format!("{what} problem: {problem}\n"));
         }

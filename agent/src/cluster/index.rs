@@ -30,6 +30,8 @@ const REGION: &str = "topology.kubernetes.io/region";
 pub struct Settings {
     /// Namespace whose policies without a selector hold for the whole mesh.
     pub root_namespace: Arc<str>,
+    /// Trust domains that mean the same in policies, our own among them; empty where none has another name.
+    pub trust_domains: Arc<[Arc<str>]>,
     /// DNS domain of the cluster's Services.
     pub cluster_domain: Arc<str>,
     pub places: Arc<dyn Places>,
@@ -39,6 +41,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             root_namespace: "istio-system".into(),
+            trust_domains: Arc::default(),
             cluster_domain: "cluster.local".into(),
             places: Arc::new(AnnotatedPlaces),
         }
@@ -97,6 +100,7 @@ pub fn index(parts: &[Arc<Objects>], settings: &Settings, generation: u64) -> Sn
         invalid_policies: invalid,
         policy_gaps: parts.iter().flat_map(|part| &part.policy_gaps).map(|gap| whole_mesh(gap, settings)).collect(),
         root_namespace: Arc::clone(&settings.root_namespace),
+        trust_domains: Arc::clone(&settings.trust_domains),
         localities: Arc::new(nodes.values().filter_map(|node| locality(&node.metadata)).collect()),
         warnings,
     }

@@ -36,6 +36,8 @@ pub struct Snapshot {
     pub policy_gaps: Vec<Arc<PolicyGap>>,
     /// Namespace whose policies without a selector hold for the whole mesh.
     pub root_namespace: Arc<str>,
+    /// Trust domains that mean the same in policies, our own among them; empty where none has another name.
+    pub trust_domains: Arc<[Arc<str>]>,
     /// Where nodes are, by name; nodes that don't say are left out.
     pub localities: Arc<HashMap<Arc<str>, Locality>>,
     /// What indexing found odd, and how it took it. For people: nothing decides by them.
@@ -63,6 +65,7 @@ impl Snapshot {
             invalid_policies,
             policy_gaps,
             root_namespace,
+            trust_domains,
             localities,
             warnings,
         } = self;
@@ -75,6 +78,7 @@ impl Snapshot {
             && *invalid_policies == other.invalid_policies
             && *policy_gaps == other.policy_gaps
             && *root_namespace == other.root_namespace
+            && *trust_domains == other.trust_domains
             && *localities == other.localities
             && *warnings == other.warnings
     }

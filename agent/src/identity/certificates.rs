@@ -10,9 +10,32 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use rustls_pki_types::CertificateDer;
+use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{CaClientConfig, FetchError, PeerError, RootStatus, SpiffeId, TrustDomain, rotation::Shared};
+use super::{
+    BundleError, CaClientConfig, CrlConfig, CrlStatus, FetchError, PeerError, RootStatus, SpiffeId, TrustDomain,
+    roots::unix_time, rotation::Shared,
+};
+
+/// Whom to trust beside the bundle's word.
+#[derive(Debug, Clone, Default)]
+pub struct TrustConfig {
+    /// Trust domains that mean ours.
+    pub aliases: Vec<TrustDomain>,
+    /// `None` asks for no revocation.
+    pub crl: Option<CrlConfig>,
+}
+
+/// What is wrong with what peers are verified with.
+#[derive(Debug, Clone, Default)]
+pub struct TrustReport {
+    /// The bundle's file; its last good state stays in force.
+    pub bundle: Option<BundleError>,
+    /// `None` where no list was asked for.
+    pub crl: Option<CrlStatus>,
+}
 
 /// Why there is no identity, or why a peer's was refused.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -78,10 +101,19 @@ impl Certificates {
     /// # Errors
     /// When the CA's address can't be one.
     pub fn start(config: CaClientConfig) -> Result<Self, IdentityError> {
-        let shared = Arc::new(Shared::new(config)?);
+        Self::start_with(config, TrustConfig::default())
+    }
+
+    /// The same, with other names of the trust domain and revocation lists.
+    ///
+    /// # Errors
+    /// When the CA's address can't be one.
+    pub fn start_with(config: CaClientConfig, trust: TrustConfig) -> Result<Self, IdentityError> {
         let stop = CancellationToken::new();
-        tokio::spawn(super::rotation::run(Arc::clone(&shared), stop.clone()));
-        Ok(Self { shared, _stop: Arc::new(stop.drop_guard()) })
+        let guard = Arc::new(stop.clone().drop_guard());
+        let shared = Arc::new(Shared::new(config, trust, &stop)?);
+        tokio::spawn(super::rotation::run(Arc::clone(&shared), stop));
+        Ok(Self { shared, _stop: guard })
     }
 
     #[must_use]
@@ -129,6 +161,25 @@ impl Certificates {
     #[must_use]
     pub fn roots(&self) -> Vec<RootStatus> {
         self.shared.roots()
+    }
+
+    /// What is wrong with what peers are verified with.
+    #[must_use]
+    pub fn trust(&self) -> TrustReport {
+        let crl = self.revocations().map(|status| status.borrow().clone());
+        TrustReport { bundle: self.shared.bundle_error(), crl }
+    }
+
+    /// How revocation stands, and each change of it; `None` where no list was asked for.
+    #[must_use]
+    pub fn revocations(&self) -> Option<watch::Receiver<CrlStatus>> {
+        self.shared.revocation().map(|revocation| revocation.status())
+    }
+
+    /// Whether a peer's chain (the leaf first), whose handshake succeeded at `then`, is revoked by now.
+    #[must_use]
+    pub fn revoked(&self, chain: &[CertificateDer<'_>], then: SystemTime) -> bool {
+        self.shared.trust().revoked(chain, unix_time(then))
     }
 
     /// Time until the first certificate or root expires, the nearest first; `None` while there is none. Expired is zero.

@@ -3,7 +3,8 @@
 //! Keys never leave memory. Nothing here decides whether a connection is allowed.
 //!
 //! - [`SpiffeId`] is parsed once and compared by bytes
-//! - `verify` decides whether a peer is who it must be, with `roots` as the anchors of trust
+//! - `verify` decides whether a peer is who it must be, with `roots` as the anchors of trust and `revocation` for what counts
+//!   no more
 //! - `client` asks the CA for a certificate, `schedule` says when, `rotation` does it
 //! - [`Certificates`] is what the tunnel sees of all that
 //! - [`ca`] is the CA that is built in
@@ -14,6 +15,7 @@ mod client;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod key;
+mod revocation;
 mod roots;
 mod rotation;
 mod schedule;
@@ -21,10 +23,11 @@ mod spiffe;
 mod tls;
 mod verify;
 
-pub use certificates::{CertificateStatus, Certificates, IdentityError};
+pub use certificates::{CertificateStatus, Certificates, IdentityError, TrustConfig, TrustReport};
 pub use client::{CaClientConfig, FetchError};
-pub use roots::{RootStatus, RootsError};
-pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};
+pub use revocation::{CrlConfig, CrlError, CrlFailure, CrlFault, CrlStatus, ListStatus};
+pub use roots::{BundleError, RootStatus, RootsError};
+pub use spiffe::{SpiffeError, SpiffeId, TrustDomain, TrustDomains};
 pub use verify::{PeerError, handshake_reason, peer_identity, serial};
 
 /// Messages and service of `proto/citadel.proto`.

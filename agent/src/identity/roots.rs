@@ -10,21 +10,18 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use rustls::{
-    RootCertStore,
-    client::verify_server_cert_signed_by_trust_anchor,
-    server::{ParsedCertificate, WebPkiClientVerifier, danger::ClientCertVerifier},
-};
-use rustls_pki_types::{CertificateDer, UnixTime, pem::PemObject};
+use rustls::{CertificateError, OtherError, RootCertStore};
+use rustls_pki_types::{CertificateDer, TrustAnchor, UnixTime, pem::PemObject};
+use webpki::{EndEntityCert, KeyUsage, VerifiedPath};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
-use super::tls::provider;
+use super::{revocation::Lists, tls::provider};
 use crate::life::limits;
 
 /// Why a set of roots can't be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RootsError {
-    #[error("can't read trust bundle {0}: {1}")]
+    #[error("can't read {0}: {1}")]
     File(PathBuf, String),
     #[error("a trust bundle holds PEM certificates: {0}")]
     Pem(String),
@@ -32,6 +29,8 @@ pub enum RootsError {
     Empty,
     #[error("certificate {0} of the trust bundle is no CA certificate")]
     NotCa(usize),
+    #[error("every certificate of the trust bundle has expired")]
+    Expired,
 }
 
 impl RootsError {
@@ -41,8 +40,40 @@ impl RootsError {
         match self {
             Self::File(..) => "roots_unreadable",
             Self::Pem(_) | Self::Empty | Self::NotCa(_) => "roots_invalid",
+            Self::Expired => "roots_expired",
         }
     }
+
+    /// Every reason, for metrics.
+    pub const REASONS: [&str; 3] = ["roots_unreadable", "roots_invalid", "roots_expired"];
+
+    /// What to do about it.
+    #[must_use]
+    pub fn fix(&self) -> &'static str {
+        match self {
+            Self::File(..) => "put the CA's root there, readable (heddle ca publishes it with --publish-root)",
+            Self::Pem(_) | Self::Empty => "write the CA's roots as PEM (-----BEGIN CERTIFICATE-----), each whole",
+            Self::NotCa(_) => {
+                "take it out: the bundle holds roots (basic constraint CA:TRUE), never a workload's certificate"
+            }
+            Self::Expired => "renew the CA's root and write the new one there",
+        }
+    }
+}
+
+/// A trust bundle that can't be used, as people are told of it: one line with the file, what is wrong and what to do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("trust bundle {}: {error}; {}", path.display(), error.fix())]
+pub struct BundleError {
+    pub path: PathBuf,
+    pub error: RootsError,
+}
+
+/// What a certificate is presented for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Usage {
+    Serving,
+    Connecting,
 }
 
 /// One root as `heddle certs` and the metrics show it.
@@ -59,17 +90,54 @@ pub struct RootStatus {
 #[derive(Debug)]
 pub(super) struct Roots {
     certificates: Vec<CertificateDer<'static>>,
-    anchors: RootCertStore,
-    /// Absent where there is no anchor at all: then nobody is trusted.
-    clients: Option<Arc<dyn ClientCertVerifier>>,
+    anchors: Vec<TrustAnchor<'static>>,
+    /// Subject and key of those that end, and when: an expired root vouches for nobody.
+    ends: Vec<(TrustAnchor<'static>, UnixTime)>,
 }
 
 impl Roots {
     pub fn new(certificates: Vec<CertificateDer<'static>>) -> Self {
         let mut anchors = RootCertStore::empty();
         anchors.add_parsable_certificates(certificates.iter().cloned());
-        let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(anchors.clone()), provider()).build().ok();
-        Self { certificates, anchors, clients }
+        let ends = certificates.iter().filter_map(|der| {
+            let anchor = webpki::anchor_from_trusted_cert(der).ok()?.to_owned();
+            Some((anchor, unix_time(span(der)?.2)))
+        });
+        Self { ends: ends.collect(), anchors: anchors.roots, certificates }
+    }
+
+    pub fn certificates(&self) -> &[CertificateDer<'static>] {
+        &self.certificates
+    }
+
+    /// Chain, validity and extended key usage of a peer; with `lists`, that neither it nor its issuers are revoked.
+    pub fn verify(
+        &self,
+        usage: Usage,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+        lists: Option<&Lists>,
+    ) -> Result<(), rustls::Error> {
+        let certificate = EndEntityCert::try_from(leaf).map_err(refusal)?;
+        let usage = match usage {
+            Usage::Serving => KeyUsage::server_auth(),
+            Usage::Connecting => KeyUsage::client_auth(),
+        };
+        let acceptable = |path: &VerifiedPath<'_>| {
+            let mut alike = self.ends.iter().filter(|(anchor, _)| anchor == path.anchor()).map(|(_, end)| *end);
+            // A root that was renewed with its key has two ends: the later one counts.
+            match alike.next().map(|first| alike.fold(first, Ord::max)) {
+                Some(end) if end <= now => return Err(webpki::Error::CertExpired { time: now, not_after: end }),
+                _ => {}
+            }
+            lists.map_or(Ok(()), |lists| lists.check(path))
+        };
+        let algorithms = provider().signature_verification_algorithms.all;
+        certificate
+            .verify_for_usage(algorithms, &self.anchors, intermediates, now, usage, None, Some(&acceptable))
+            .map(drop)
+            .map_err(refusal)
     }
 
     /// Chain, validity and extended key usage of a peer that serves.
@@ -79,9 +147,7 @@ impl Roots {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<(), rustls::Error> {
-        let parsed = ParsedCertificate::try_from(leaf)?;
-        let algorithms = provider().signature_verification_algorithms.all;
-        verify_server_cert_signed_by_trust_anchor(&parsed, &self.anchors, intermediates, now, algorithms)
+        self.verify(Usage::Serving, leaf, intermediates, now, None)
     }
 
     /// Chain, validity and extended key usage of a peer that connects.
@@ -91,8 +157,7 @@ impl Roots {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<(), rustls::Error> {
-        let verifier = self.clients.as_ref().ok_or(rustls::CertificateError::UnknownIssuer)?;
-        verifier.verify_client_cert(leaf, intermediates, now).map(|_| ())
+        self.verify(Usage::Connecting, leaf, intermediates, now, None)
     }
 
     pub fn status(&self) -> Vec<RootStatus> {
@@ -108,6 +173,22 @@ impl Roots {
             })
             .collect()
     }
+}
+
+/// What webpki says of a certificate, as rustls and the peer are told.
+fn refusal(error: webpki::Error) -> rustls::Error {
+    use webpki::Error;
+    match error {
+        Error::BadDer | Error::BadDerTime | Error::TrailingData(_) => CertificateError::BadEncoding,
+        Error::CertNotValidYet { time, not_before } => CertificateError::NotValidYetContext { time, not_before },
+        Error::CertExpired { time, not_after } => CertificateError::ExpiredContext { time, not_after },
+        Error::UnknownIssuer => CertificateError::UnknownIssuer,
+        Error::InvalidSignatureForPublicKey => CertificateError::BadSignature,
+        Error::CertRevoked => CertificateError::Revoked,
+        Error::RequiredEkuNotFoundContext(_) => CertificateError::InvalidPurpose,
+        other => CertificateError::Other(OtherError(Arc::new(other))),
+    }
+    .into()
 }
 
 /// What the agent trusts now, shared with every verifier.
@@ -136,6 +217,11 @@ impl TrustBundle {
         &self.current
     }
 
+    /// An error of [`TrustBundle::reload`], as people are told of it.
+    pub fn problem(&self, error: RootsError) -> BundleError {
+        BundleError { path: self.path.clone(), error }
+    }
+
     /// Reads the file. Gives how often it was seen to hold other roots than before.
     pub fn reload(&self) -> Result<u64, RootsError> {
         let bytes = read_bundle(&self.path)?;
@@ -144,6 +230,10 @@ impl TrustBundle {
             return Ok(sources.generation);
         }
         let certificates = parse_bundle(&bytes)?;
+        let now = SystemTime::now();
+        if certificates.iter().all(|der| span(der).is_some_and(|(_, _, end)| end <= now)) {
+            return Err(RootsError::Expired);
+        }
         sources.generation += u64::from(sources.file != certificates);
         sources.bytes = bytes;
         sources.file = certificates;
@@ -238,7 +328,7 @@ pub(super) fn span(der: &CertificateDer<'_>) -> Option<(String, SystemTime, Syst
     ))
 }
 
-fn system_time(seconds: i64) -> SystemTime {
+pub(super) fn system_time(seconds: i64) -> SystemTime {
     let since = Duration::from_secs(seconds.unsigned_abs());
     let time =
         if seconds < 0 { SystemTime::UNIX_EPOCH.checked_sub(since) } else { SystemTime::UNIX_EPOCH.checked_add(since) };

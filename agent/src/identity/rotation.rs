@@ -25,12 +25,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    CaClientConfig, CertificateStatus, FetchError, IdentityError, RootStatus, RootsError, SpiffeId, TrustDomain,
+    CaClientConfig, CertificateStatus, FetchError, IdentityError, RootStatus, SpiffeId, TrustDomain, TrustDomains,
+    certificates::TrustConfig,
     client::{CaClient, Held},
-    roots::{TrustBundle, unix_time},
+    revocation::{self, Revocation},
+    roots::{BundleError, TrustBundle, unix_time},
     schedule::{Now, Outcome, Schedule, Ticket},
     tls,
-    verify::{ExpectedServer, MeshClient},
+    verify::{ExpectedServer, MeshClient, Trust},
 };
 use crate::life::limits;
 
@@ -91,9 +93,12 @@ impl Entry {
 type Entries = HashMap<SpiffeId, Arc<Entry>>;
 
 pub(super) struct Shared {
-    trust_domain: TrustDomain,
+    trust: Trust,
     ca: CaClient,
     bundle: Arc<TrustBundle>,
+    /// Why the bundle file was not taken when it was last looked at.
+    bundle_error: Mutex<Option<BundleError>>,
+    revocation: Option<Arc<Revocation>>,
     entries: ArcSwap<Entries>,
     schedule: Mutex<Schedule>,
     /// The schedule changed.
@@ -105,17 +110,33 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub fn new(config: CaClientConfig) -> Result<Self, IdentityError> {
+    /// Follows the revocation lists until `stop`, where there are any.
+    pub fn new(config: CaClientConfig, trust: TrustConfig, stop: &CancellationToken) -> Result<Self, IdentityError> {
         let trust_domain = config.trust_domain.clone();
         let bundle = Arc::new(TrustBundle::new(config.root_certificate.clone()));
         let nobody: Arc<Own> = Arc::default();
         let expected = SpiffeId::new(&trust_domain, "none", "none").map_err(super::PeerError::BadSpiffeId)?;
-        let servers = ExpectedServer { expected, roots: Arc::clone(bundle.current()) };
-        let clients = MeshClient { trust_domain: trust_domain.clone(), roots: Arc::clone(bundle.current()) };
+        let roots = Arc::clone(bundle.current());
+        let domains = TrustDomains::new(trust_domain, &trust.aliases);
+        let crl = trust.crl;
+        let trust = Trust { roots, domains, revocation: Arc::default() };
+        let revocation = crl.map(|crl| {
+            // What the bundle holds already; a broken one is told of when it is next looked at.
+            let _told_later = bundle.reload();
+            let (roots, standing) = (Arc::clone(&trust.roots), Arc::clone(&trust.revocation));
+            let (revocation, follower) = Revocation::new(crl, roots, standing);
+            let revocation = Arc::new(revocation);
+            tokio::spawn(revocation::follow(Arc::clone(&revocation), follower, stop.clone()));
+            revocation
+        });
+        let servers = ExpectedServer { expected, trust: trust.clone() };
+        let clients = MeshClient { trust: trust.clone() };
         Ok(Self {
-            trust_domain,
+            trust,
             ca: CaClient::new(config, Arc::clone(&bundle))?,
             bundle,
+            bundle_error: Mutex::default(),
+            revocation,
             entries: ArcSwap::default(),
             schedule: Mutex::new(Schedule::new(fastrand::Rng::new())),
             poke: Notify::new(),
@@ -126,14 +147,26 @@ impl Shared {
     }
 
     pub fn trust_domain(&self) -> &TrustDomain {
-        &self.trust_domain
+        self.trust.domains.own()
+    }
+
+    pub fn trust(&self) -> &Trust {
+        &self.trust
+    }
+
+    pub fn revocation(&self) -> Option<&Arc<Revocation>> {
+        self.revocation.as_ref()
+    }
+
+    pub fn bundle_error(&self) -> Option<BundleError> {
+        self.bundle_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub fn keep(&self, mut identities: HashSet<SpiffeId>) {
         identities.retain(|identity| {
-            let ours = identity.trust_domain() == self.trust_domain.as_str();
+            let ours = identity.trust_domain() == self.trust_domain().as_str();
             if !ours {
-                tracing::warn!(%identity, trust_domain = %self.trust_domain, "Identity of another trust domain left out.");
+                tracing::warn!(%identity, trust_domain = %self.trust_domain(), "Identity of another trust domain left out.");
             }
             ours
         });
@@ -169,7 +202,7 @@ impl Shared {
     pub fn client(&self, entry: &Entry, peer: &SpiffeId) -> Arc<ClientConfig> {
         let mut config = self.client_template.clone();
         config.client_auth_cert_resolver = entry.own.clone();
-        let verifier = ExpectedServer { expected: peer.clone(), roots: Arc::clone(self.bundle.current()) };
+        let verifier = ExpectedServer { expected: peer.clone(), trust: self.trust.clone() };
         config.dangerous().set_certificate_verifier(Arc::new(verifier));
         Arc::new(config)
     }
@@ -179,7 +212,7 @@ impl Shared {
         if let Some(entry) = self.usable(own) {
             return Ok(entry);
         }
-        if own.trust_domain() != self.trust_domain.as_str() {
+        if own.trust_domain() != self.trust_domain().as_str() {
             return Err(IdentityError::NotOurs(own.clone()));
         }
         match tokio::time::timeout(limits::HOLD, self.arrival(own)).await {
@@ -282,6 +315,15 @@ impl Shared {
         }
     }
 
+    /// Notes how reading the bundle file went, and tells of each new problem once.
+    fn bundle_failed(&self, problem: Option<BundleError>) {
+        let mut known = self.bundle_error.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(problem) = problem.as_ref().filter(|problem| known.as_ref() != Some(problem)) {
+            tracing::warn!(reason = problem.error.reason(), "{problem}. The last good one stays in force.");
+        }
+        *known = problem;
+    }
+
     /// Certificates that peers with the bundle file of now won't trust are renewed at once.
     fn renew_untrusted(&self) {
         let roots = self.bundle.of_file();
@@ -303,26 +345,20 @@ impl Shared {
 #[derive(Default)]
 struct BundleWatch {
     generation: u64,
-    error: Option<RootsError>,
 }
 
 impl BundleWatch {
     fn look(&mut self, shared: &Shared) {
         match shared.bundle.reload() {
             Ok(generation) => {
-                self.error = None;
+                shared.bundle_failed(None);
                 if generation != self.generation {
                     self.generation = generation;
                     tracing::info!(roots = shared.roots().len(), "Trust bundle read.");
                     shared.renew_untrusted();
                 }
             }
-            Err(error) => {
-                if self.error.as_ref() != Some(&error) {
-                    tracing::warn!(reason = error.reason(), %error, "Trust bundle not read, the last good one stays.");
-                }
-                self.error = Some(error);
-            }
+            Err(error) => shared.bundle_failed(Some(shared.bundle.problem(error))),
         }
     }
 }

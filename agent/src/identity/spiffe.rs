@@ -42,6 +42,39 @@ impl FromStr for TrustDomain {
     }
 }
 
+/// Our trust domain, and the names that mean the same while a mesh moves from one to another (Istio's
+/// `trustDomainAliases`). Cheap to clone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrustDomains {
+    own: TrustDomain,
+    aliases: Arc<[TrustDomain]>,
+}
+
+impl TrustDomains {
+    #[must_use]
+    pub fn new(own: TrustDomain, aliases: &[TrustDomain]) -> Self {
+        Self { own, aliases: aliases.into() }
+    }
+
+    #[must_use]
+    pub fn own(&self) -> &TrustDomain {
+        &self.own
+    }
+
+    /// Whether an identity is of our trust domain, by any of its names.
+    #[must_use]
+    pub fn include(&self, id: &SpiffeId) -> bool {
+        let domain = id.trust_domain();
+        self.own.as_str() == domain || self.aliases.iter().any(|alias| alias.as_str() == domain)
+    }
+
+    /// Whether both are the same identity, by whichever of our names.
+    #[must_use]
+    pub fn same(&self, one: &SpiffeId, other: &SpiffeId) -> bool {
+        one == other || one.same_account(other) && self.include(one) && self.include(other)
+    }
+}
+
 /// The identity of a workload. Cheap to clone: one shared string and two offsets.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SpiffeId {
@@ -78,6 +111,18 @@ impl SpiffeId {
     #[must_use]
     pub fn trust_domain(&self) -> &str {
         self.text.get(SCHEME.len()..usize::from(self.trust_domain_end)).unwrap_or_default()
+    }
+
+    /// The part after the trust domain, `/ns/…/sa/…`.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        self.text.get(usize::from(self.trust_domain_end)..).unwrap_or_default()
+    }
+
+    /// Whether both are the same service account, whatever their trust domains.
+    #[must_use]
+    pub fn same_account(&self, other: &Self) -> bool {
+        self.path() == other.path()
     }
 
     #[must_use]

@@ -14,7 +14,12 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
 
-use super::{IdentityError, SpiffeError, SpiffeId, TrustDomain, roots::Roots, tls::provider};
+use super::{
+    IdentityError, SpiffeError, SpiffeId, TrustDomain, TrustDomains,
+    revocation::Standing,
+    roots::{Roots, Usage},
+    tls::provider,
+};
 
 /// Why a peer's certificate, whose chain is good, is not the one that it must be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -31,6 +36,8 @@ pub enum PeerError {
     WrongIdentity { expected: SpiffeId, presented: SpiffeId },
     #[error("the peer {presented} is not of trust domain {expected}")]
     TrustDomain { expected: TrustDomain, presented: SpiffeId },
+    #[error("it can't be told whether the peer's certificate is revoked ({0})")]
+    RevocationUnknown(&'static str),
 }
 
 impl PeerError {
@@ -42,6 +49,7 @@ impl PeerError {
             Self::NoSpiffeId | Self::SeveralSpiffeIds(_) | Self::BadSpiffeId(_) => "bad_spiffe_id",
             Self::WrongIdentity { .. } => "wrong_identity",
             Self::TrustDomain { .. } => "trust_domain",
+            Self::RevocationUnknown(_) => "revocation_unknown",
         }
     }
 }
@@ -76,11 +84,55 @@ pub(super) fn spiffe_id(certificate: &CertificateDer<'_>) -> Result<SpiffeId, Pe
     uri.parse().map_err(PeerError::BadSpiffeId)
 }
 
-/// Client side: the server must be `expected`, and no other.
+/// What peers are judged by, on both sides. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(super) struct Trust {
+    pub roots: Arc<ArcSwap<Roots>>,
+    pub domains: TrustDomains,
+    pub revocation: Arc<ArcSwap<Standing>>,
+}
+
+impl Trust {
+    fn verify(
+        &self,
+        usage: Usage,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<SpiffeId, Error> {
+        let standing = self.revocation.load();
+        let lists = match &**standing {
+            Standing::Unasked => None,
+            Standing::InForce(lists) => Some(&**lists),
+            Standing::Unknown(reason) => return Err(PeerError::RevocationUnknown(reason).into()),
+        };
+        self.roots.load().verify(usage, leaf, intermediates, now, lists)?;
+        Ok(spiffe_id(leaf)?)
+    }
+
+    /// Whether a chain (the leaf first) that was good at `then` is revoked by now: by itself or by an issuer on its way to a
+    /// root.
+    pub fn revoked(&self, chain: &[CertificateDer<'_>], then: UnixTime) -> bool {
+        let standing = self.revocation.load();
+        let (Standing::InForce(lists), Some((leaf, intermediates))) = (&**standing, chain.split_first()) else {
+            return false;
+        };
+        if !lists.mention(chain) {
+            return false;
+        }
+        let roots = self.roots.load();
+        // Nothing but the lists may be the reason: roots that are gone revoke nothing.
+        let good = |usage, lists| roots.verify(usage, leaf, intermediates, then, lists).is_ok();
+        let revoked = |usage| good(usage, None) && !good(usage, Some(lists));
+        revoked(Usage::Connecting) || revoked(Usage::Serving)
+    }
+}
+
+/// Client side: the server must be `expected`, by whichever name of our trust domain, and no other.
 #[derive(Debug)]
 pub(super) struct ExpectedServer {
     pub expected: SpiffeId,
-    pub roots: Arc<ArcSwap<Roots>>,
+    pub trust: Trust,
 }
 
 impl ServerCertVerifier for ExpectedServer {
@@ -92,9 +144,8 @@ impl ServerCertVerifier for ExpectedServer {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        self.roots.load().verify_server(leaf, intermediates, now)?;
-        let presented = spiffe_id(leaf)?;
-        if presented != self.expected {
+        let presented = self.trust.verify(Usage::Serving, leaf, intermediates, now)?;
+        if !self.trust.domains.same(&presented, &self.expected) {
             return Err(PeerError::WrongIdentity { expected: self.expected.clone(), presented }.into());
         }
         Ok(ServerCertVerified::assertion())
@@ -123,11 +174,11 @@ impl ServerCertVerifier for ExpectedServer {
     }
 }
 
-/// Server side: the client must be a workload of our trust domain. Which one may do what is policy's to say.
+/// Server side: the client must be a workload of our trust domain, by any of its names. Which one may do what is policy's to
+/// say.
 #[derive(Debug)]
 pub(super) struct MeshClient {
-    pub trust_domain: TrustDomain,
-    pub roots: Arc<ArcSwap<Roots>>,
+    pub trust: Trust,
 }
 
 impl ClientCertVerifier for MeshClient {
@@ -141,10 +192,9 @@ impl ClientCertVerifier for MeshClient {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        self.roots.load().verify_client(leaf, intermediates, now)?;
-        let presented = spiffe_id(leaf)?;
-        if presented.trust_domain() != self.trust_domain.as_str() {
-            return Err(PeerError::TrustDomain { expected: self.trust_domain.clone(), presented }.into());
+        let presented = self.trust.verify(Usage::Connecting, leaf, intermediates, now)?;
+        if !self.trust.domains.include(&presented) {
+            return Err(PeerError::TrustDomain { expected: self.trust.domains.own().clone(), presented }.into());
         }
         Ok(ClientCertVerified::assertion())
     }
@@ -236,10 +286,10 @@ fn alert_reason(alert: AlertDescription) -> &'static str {
         AlertDescription::CertificateExpired => "alert_expired",
         AlertDescription::UnknownCA => "alert_unknown_issuer",
         AlertDescription::CertificateRequired => "alert_no_certificate",
+        AlertDescription::CertificateRevoked => "alert_revoked",
         AlertDescription::BadCertificate
         | AlertDescription::CertificateUnknown
-        | AlertDescription::UnsupportedCertificate
-        | AlertDescription::CertificateRevoked => "alert_bad_certificate",
+        | AlertDescription::UnsupportedCertificate => "alert_bad_certificate",
         AlertDescription::NoApplicationProtocol => "alert_no_h2",
         _ => "alert_other",
     }

@@ -53,6 +53,9 @@ pub struct Status {
     pub manifest_problems: Vec<String>,
     /// Policies that are not enforced as written.
     pub policy_problems: Vec<String>,
+    /// What is wrong with the trust bundle and the revocation lists.
+    #[serde(default)]
+    pub trust_problems: Vec<String>,
 }
 
 /// One enrolled pod of the node.

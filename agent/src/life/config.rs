@@ -5,8 +5,9 @@
 
 use std::{net::SocketAddr, num::NonZero, path::PathBuf, sync::Arc, time::Duration};
 
+use super::limits;
 use crate::{
-    identity::TrustDomain,
+    identity::{CrlConfig, CrlFailure, TrustDomain},
     telemetry::{Destination, Export, Format},
 };
 
@@ -37,6 +38,17 @@ pub struct Raw {
     /// SPIFFE trust domain of the mesh.
     #[arg(long, env = "HEDDLE_TRUST_DOMAIN", default_value = TRUST_DOMAIN, value_name = "NAME")]
     pub trust_domain: String,
+    /// Another name of the mesh's trust domain: peers of it are accepted, and policies mean both. May be given again (in the
+    /// environment: separated by commas).
+    #[arg(long, env = "HEDDLE_TRUST_DOMAIN_ALIAS", value_delimiter = ',', value_name = "NAME")]
+    pub trust_domain_alias: Vec<String>,
+    /// Revocation lists of the CAs (PEM, one or several), followed for changes. What a revoked peer has open is ended.
+    #[arg(long, env = "HEDDLE_CRL", value_name = "FILE")]
+    pub crl: Option<PathBuf>,
+    /// While the lists are missing, broken, signed by nobody trusted or too old: refuse new mutual TLS, or go on with the last
+    /// good ones.
+    #[arg(long, env = "HEDDLE_CRL_FAILURE", value_enum, default_value = "refuse", value_name = "WHAT")]
+    pub crl_failure: CrlFailure,
     /// Namespace whose policies without a selector hold for the whole mesh.
     #[arg(long, env = "HEDDLE_ROOT_NAMESPACE", default_value = ROOT_NAMESPACE, value_name = "NAME")]
     pub root_namespace: String,
@@ -107,6 +119,9 @@ pub struct Config {
     pub node: Arc<str>,
     pub manifests: PathBuf,
     pub trust_domain: TrustDomain,
+    pub trust_domain_aliases: Vec<TrustDomain>,
+    /// Where revocation lists come from; `None` asks for none.
+    pub crl: Option<CrlConfig>,
     pub root_namespace: Arc<str>,
     pub cluster_id: Arc<str>,
     pub ca_address: String,
@@ -154,6 +169,8 @@ impl Raw {
             node: named("--node", self.node, "give the node's name, as in spec.nodeName of its pods")?.into(),
             manifests: directory("--manifests", self.manifests)?,
             trust_domain: trust_domain(&self.trust_domain)?,
+            trust_domain_aliases: aliases(&self.trust_domain_alias, &self.trust_domain)?,
+            crl: self.crl.map(|path| CrlConfig { path, failure: self.crl_failure }),
             root_namespace: named("--root-namespace", self.root_namespace, "give a namespace such as heddle-system")?
                 .into(),
             cluster_id: named("--cluster-id", self.cluster_id, "give a name such as Kubernetes")?.into(),
@@ -213,6 +230,38 @@ fn directory(flag: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> 
 pub fn trust_domain(value: &str) -> Result<TrustDomain, ConfigError> {
     let fix = "give a name of lower-case letters, digits, dots, dashes and underscores such as cluster.local";
     value.parse().map_err(|error| ConfigError::new("--trust-domain", value, error, fix))
+}
+
+/// Parses every `--trust-domain-alias`.
+///
+/// # Errors
+/// When one is no trust domain, or is ours, or there are too many.
+pub fn aliases(values: &[String], own: &str) -> Result<Vec<TrustDomain>, ConfigError> {
+    const FLAG: &str = "--trust-domain-alias";
+    if let Some(extra) = values.get(limits::TRUST_DOMAIN_ALIASES) {
+        let problem = format!("is one of more than {}", limits::TRUST_DOMAIN_ALIASES);
+        return Err(ConfigError::new(FLAG, extra, problem, "leave out the names that no certificate has any more"));
+    }
+    let alias = |value: &String| {
+        if value == own {
+            return Err(ConfigError::new(
+                FLAG,
+                value,
+                "is the trust domain itself",
+                "give the other name, or leave it out",
+            ));
+        }
+        let fix = "give a name of lower-case letters, digits, dots, dashes and underscores such as old.example";
+        value.parse().map_err(|error| ConfigError::new(FLAG, value, error, fix))
+    };
+    values.iter().map(alias).collect()
+}
+
+/// The names of the trust domain as policies take them: none where it has but one.
+#[must_use]
+pub fn names(own: &TrustDomain, aliases: &[TrustDomain]) -> Arc<[Arc<str>]> {
+    let all = std::iter::once(own).chain(aliases).map(|name| name.as_str().into());
+    if aliases.is_empty() { Arc::default() } else { all.collect() }
 }
 
 fn ca_address(value: String) -> Result<String, ConfigError> {

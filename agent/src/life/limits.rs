@@ -213,6 +213,13 @@ pub const SERVICE_ACCOUNTS: usize = 16;
 /// Trust bundle file: largest (bytes), and how often it and the wall clock are looked at (duration).
 pub const BUNDLE_BYTES: u64 = 1 << 20;
 pub const BUNDLE_POLL: Duration = Duration::from_secs(2);
+/// Revocation lists: their file at most (bytes; some 200,000 entries), lists and issuers in it (each), and how often it is
+/// looked at whether the file was replaced (duration): what a revoked peer has open ends within half a second.
+pub const CRL_BYTES: u64 = 8 << 20;
+pub const CRLS: usize = 64;
+pub const CRL_LOOK: Duration = Duration::from_millis(50);
+/// Trust domains that mean ours (names).
+pub const TRUST_DOMAIN_ALIASES: usize = 16;
 /// Largest bearer token file (bytes).
 pub const TOKEN_BYTES: u64 = 64 << 10;
 /// Certificates in the CA's answer (certificates): a leaf, some intermediates, the roots of a rotation.

@@ -5,6 +5,7 @@
 //! - [`config`]: what was typed, and what it means
 //! - [`start`]: makes the stages in journey order and runs them until a signal
 //! - [`enrol`] follows the snapshot; [`keeper`] keeps one pod captured, served and proven
+//! - `crl`: what revocation does to readiness and to what peers have open
 //! - [`readiness`], [`admin`]: what is told of it, over [`http`]
 //! - [`proof`]: one connection that is made to show how a pair of pods is protected
 //! - [`records`]: what the kernel says of its lane's connections, for telemetry
@@ -13,6 +14,7 @@
 pub mod admin;
 pub mod budget;
 pub mod config;
+mod crl;
 pub mod drain;
 pub mod enrol;
 #[cfg(any(test, fuzzing))]

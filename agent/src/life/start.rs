@@ -18,7 +18,8 @@ use tokio_util::sync::CancellationToken;
 use super::{
     admin::{AdminError, Answers, CertificateLine, ConnectionLine, PathLine, PodLine, Socket, Status},
     budget::{Budget, Machine, memory_available},
-    config::Config,
+    config::{self, Config},
+    crl,
     drain::drain,
     enrol::{Enrolment, Journey},
     http,
@@ -32,7 +33,7 @@ use super::{
 use crate::{
     capture::{self, CaptureConfig, CaptureError, ProbeCommand},
     cluster::{self, SourceError},
-    identity::{CaClientConfig, Certificates, IdentityError},
+    identity::{CaClientConfig, Certificates, IdentityError, TrustConfig},
     policy::{self, Rulebook},
     telemetry::{AccessLog, Destination, PodReport, Sources, Telemetry, TelemetryError},
     tunnel::{Context, Observer, Quiet, Registry},
@@ -132,6 +133,7 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
     let mapping = readiness.block("the kernel's maps");
     let certifying = readiness.block("a first certificate");
     let enrolling = readiness.block(FIRST_PASS);
+    let revoking = readiness.block("the revocation lists");
 
     let (log, _written_at_the_end) = AccessLog::open(&config.access_log, config.log_format).map_err(|error| {
         let path = match &config.access_log {
@@ -159,7 +161,7 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
         capture::Handle::start(CaptureConfig { bpffs: config.bpffs.clone(), probe: ProbeCommand::default() }).await?;
     drop(mapping);
     let (view, source) = read_cluster(&config).await?;
-    let certificates = Certificates::start(CaClientConfig {
+    let ca = CaClientConfig {
         address: config.ca_address.clone(),
         server_name: config.ca_name.clone(),
         root_certificate: config.ca_root.clone(),
@@ -167,7 +169,9 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
         cluster_id: config.cluster_id.to_string(),
         trust_domain: config.trust_domain.clone(),
         lifetime: config.certificate_lifetime,
-    })?;
+    };
+    let trust = TrustConfig { aliases: config.trust_domain_aliases.clone(), crl: config.crl.clone() };
+    let certificates = Certificates::start_with(ca, trust)?;
     let rules = Arc::new(ArcSwap::from_pointee(Rulebook::compile(&view.load())));
     let (lane, misses) = Lane::new(
         capture.lane(),
@@ -188,6 +192,7 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
         cluster_id: Arc::clone(&config.cluster_id),
         node: Arc::clone(&config.node),
     };
+    crl::watch(&context.certificates, &context.registry);
     let pods = Pods::default();
     let known = Known {
         context: context.clone(),
@@ -211,6 +216,8 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
     let enrolment = Enrolment::new(journey, Arc::clone(&config.node), pods, enrolling, stop.clone());
     let enrolment = tokio::spawn(enrolment.run(view.clone()));
     tokio::spawn(first_certificate(context.certificates.clone(), readiness.clone(), certifying));
+    let (certificates, registry) = (context.certificates.clone(), context.registry.clone());
+    tokio::spawn(crl::follow(certificates, registry, readiness.clone(), revoking, stop.clone()));
     tokio::spawn(learn(Arc::clone(&telemetry), view.clone(), stop.clone()));
     let tried = first_pass(readiness.clone());
     tokio::spawn(records::follow(Arc::clone(&telemetry), context.clone(), tried, serving.clone()));
@@ -250,8 +257,11 @@ async fn bind(address: std::net::SocketAddr) -> Result<TcpListener, StartError> 
 /// Reading the directory blocks.
 async fn read_cluster(config: &Config) -> Result<(cluster::View, cluster::Source), StartError> {
     let manifests = config.manifests.clone();
-    let settings =
-        cluster::Settings { root_namespace: Arc::clone(&config.root_namespace), ..cluster::Settings::default() };
+    let settings = cluster::Settings {
+        root_namespace: Arc::clone(&config.root_namespace),
+        trust_domains: config::names(&config.trust_domain, &config.trust_domain_aliases),
+        ..cluster::Settings::default()
+    };
     tokio::task::spawn_blocking(move || cluster::Source::start(manifests, settings))
         .await
         .map_err(|error| StartError::System("can't read the manifests", error.into()))?
@@ -302,7 +312,7 @@ impl Known {
     fn sources(&self) -> Sources {
         let (live, capture, certificates, rules) =
             (self.context.clone(), self.context.clone(), self.context.clone(), self.context.clone());
-        let gaps = self.context.clone();
+        let (gaps, trust) = (self.context.clone(), self.context.certificates.clone());
         let (lane, lost) = (self.context.capture.lane(), self.context.capture.lane());
         let decisions = self.lane.clone();
         let (pods, problems) = (self.pods.clone(), self.problems.clone());
@@ -313,6 +323,8 @@ impl Known {
             verdicts: Box::new(move || decisions.report().counts),
             pods: Box::new(move || Self::pods(&capture, &pods)),
             certificates: Box::new(move || certificates.certificates.list()),
+            trust: Box::new(move || trust.trust()),
+            sessions: Arc::clone(self.context.registry.sessions()),
             manifest_problems: Box::new(move || problems.borrow().len()),
             policy_problems: Box::new(move || {
                 rules.rules.load().problems().iter().map(|problem| (problem.kind, problem.effect)).collect()
@@ -362,6 +374,8 @@ impl Known {
                 let mut pods: Vec<_> = Self::pods(&self.context, &self.pods).iter().map(line).collect();
                 pods.sort_by(|one, other| (&one.namespace, &one.name).cmp(&(&other.namespace, &other.name)));
                 let rules = self.context.rules.load();
+                let trust = self.context.certificates.trust();
+                let crl = trust.crl.and_then(|crl| crl.problem).map(|problem| problem.to_string());
                 Status {
                     node: self.context.node.to_string(),
                     version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -377,6 +391,7 @@ impl Known {
                             format!("{}: {}; {}", problem.file.display(), problem.error, problem.error.fix())
                         })
                         .collect(),
+                    trust_problems: trust.bundle.map(|problem| problem.to_string()).into_iter().chain(crl).collect(),
                     policy_problems: rules
                         .problems()
                         .iter()

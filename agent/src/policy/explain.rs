@@ -232,7 +232,7 @@ fn miss_of_source(at: &str, source: &Source, request: &Request) -> Option<Miss> 
     let named = |text: Option<&str>| text.unwrap_or(NO_IDENTITY).to_owned();
     let (principal, namespace) = (id.map(SpiffeId::principal), id.map(SpiffeId::namespace));
     let account = id.map(|id| format!("{}/{}", id.namespace(), id.service_account()));
-    values(&at, "principals", principals, &named(principal), |text| text.matches(principal))
+    values(&at, "principals", principals, &named(principal), |principal| principal.matches(id))
         .or_else(|| values(&at, "namespaces", namespaces, &named(namespace), |text| text.matches(namespace)))
         .or_else(|| {
             values(&at, "serviceAccounts", service_accounts, &named(account.as_deref()), |account| account.is(id))
@@ -261,7 +261,7 @@ fn miss_of_condition(at: &str, condition: &Condition, request: &Request) -> Opti
             values(at, "values", texts, &namespace.unwrap_or(NO_IDENTITY), |text| text.matches(namespace))
         }
         Condition::SourcePrincipal(texts) => {
-            values(at, "values", texts, &principal.unwrap_or(NO_IDENTITY), |text| text.matches(principal))
+            values(at, "values", texts, &principal.unwrap_or(NO_IDENTITY), |principal| principal.matches(id))
         }
         Condition::DestinationIp(blocks) => values(at, "values", blocks, &to, |block| contains(block, to)),
         Condition::DestinationPort(ports) => values(at, "values", ports, &port, |one| *one == port),

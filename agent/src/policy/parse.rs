@@ -8,11 +8,12 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv6Addr},
     str::FromStr,
+    sync::Arc,
 };
 
 use ipnet::{IpNet, Ipv4Net};
 
-use super::rules::{Action, Condition, Operation, Rule, ServiceAccount, Source, Text, Values};
+use super::rules::{Action, Condition, Operation, Principal, Rule, ServiceAccount, Source, Text, Values};
 use crate::{
     cluster::kinds::{self, AuthorizationPolicySpec, WorkloadSelector},
     life::limits,
@@ -85,11 +86,19 @@ pub fn is_elsewhere(spec: &AuthorizationPolicySpec) -> bool {
     targeted && spec.selector.is_none()
 }
 
-/// Action and rules of a policy in `namespace`.
+/// What a policy stands in.
+#[derive(Debug, Clone, Copy)]
+pub struct Surroundings<'a> {
+    pub namespace: &'a str,
+    /// Trust domains that mean the same; see [`Principal`].
+    pub domains: &'a Arc<[Arc<str>]>,
+}
+
+/// Action and rules of a policy.
 ///
 /// # Errors
 /// Every reason why it can't be enforced, at least one.
-pub fn parse(namespace: &str, spec: &AuthorizationPolicySpec) -> Result<Parsed, Vec<Fault>> {
+pub fn parse(around: Surroundings<'_>, spec: &AuthorizationPolicySpec) -> Result<Parsed, Vec<Fault>> {
     let AuthorizationPolicySpec { selector, target_ref, target_refs, rules, action, provider } = spec;
     let (at, mut faults) = (At("spec".into()), Faults::default());
     if let Some(selector) = selector {
@@ -108,11 +117,8 @@ pub fn parse(namespace: &str, spec: &AuthorizationPolicySpec) -> Result<Parsed, 
         }
     };
     let at = at.field("rules");
-    let rules = rules
-        .iter()
-        .flatten()
-        .enumerate()
-        .map(|(index, rule)| parse_rule(namespace, rule, &at.item(index), &mut faults));
+    let rules =
+        rules.iter().flatten().enumerate().map(|(index, rule)| parse_rule(around, rule, &at.item(index), &mut faults));
     let rules = rules.collect();
     if faults.all.is_empty() { Ok(Parsed { action, rules, idle: faults.idle }) } else { Err(faults.all) }
 }
@@ -142,14 +148,14 @@ pub fn selector_faults(selector: &WorkloadSelector) -> Vec<Fault> {
         .collect()
 }
 
-fn parse_rule(namespace: &str, rule: &kinds::Rule, at: &At, faults: &mut Faults) -> Rule {
+fn parse_rule(around: Surroundings<'_>, rule: &kinds::Rule, at: &At, faults: &mut Faults) -> Rule {
     let kinds::Rule { from, to, when } = rule;
     let from = entries(from.as_deref(), &at.field("from"), faults, |from, at, faults| {
         let (at, source) = (at.field("source"), from.source.clone().unwrap_or_default());
         if source == kinds::Source::default() {
             faults.idle(&at);
         }
-        parse_source(namespace, &source, &at, faults)
+        parse_source(around, &source, &at, faults)
     });
     let to = entries(to.as_deref(), &at.field("to"), faults, |to, at, faults| {
         let (at, operation) = (at.field("operation"), to.operation.clone().unwrap_or_default());
@@ -158,7 +164,9 @@ fn parse_rule(namespace: &str, rule: &kinds::Rule, at: &At, faults: &mut Faults)
         }
         parse_operation(&operation, &at, faults)
     });
-    let when = entries(when.as_deref(), &at.field("when"), faults, parse_condition);
+    let when = entries(when.as_deref(), &at.field("when"), faults, |condition, at, faults| {
+        parse_condition(around, condition, at, faults)
+    });
     Rule { from, to, when: when.into_iter().flatten().flatten().collect() }
 }
 
@@ -176,7 +184,7 @@ fn entries<T, U>(
     Some(list.iter().enumerate().map(|(index, entry)| parse(entry, &at.item(index), faults)).collect())
 }
 
-fn parse_source(namespace: &str, source: &kinds::Source, at: &At, faults: &mut Faults) -> Source {
+fn parse_source(around: Surroundings<'_>, source: &kinds::Source, at: &At, faults: &mut Faults) -> Source {
     let kinds::Source {
         principals,
         not_principals,
@@ -214,9 +222,10 @@ fn parse_source(namespace: &str, source: &kinds::Source, at: &At, faults: &mut F
             );
         }
     }
-    let account = |text: &str| parse_account(namespace, text);
+    let account = |text: &str| parse_account(around.namespace, text);
+    let principal = |text: &str| parse_principal(around, text);
     Source {
-        principals: values(at, ["principals", "notPrincipals"], [principals, not_principals], faults, parse_principal),
+        principals: values(at, ["principals", "notPrincipals"], [principals, not_principals], faults, principal),
         namespaces: values(at, ["namespaces", "notNamespaces"], [namespaces, not_namespaces], faults, parse_namespace),
         service_accounts: values(
             at,
@@ -245,7 +254,12 @@ fn parse_operation(operation: &kinds::Operation, at: &At, faults: &mut Faults) -
     Operation { ports: values(at, ["ports", "notPorts"], [ports, not_ports], faults, parse_port) }
 }
 
-fn parse_condition(condition: &kinds::Condition, at: &At, faults: &mut Faults) -> Option<Condition> {
+fn parse_condition(
+    around: Surroundings<'_>,
+    condition: &kinds::Condition,
+    at: &At,
+    faults: &mut Faults,
+) -> Option<Condition> {
     let kinds::Condition { key, values: any, not_values } = condition;
     if any.is_none() && not_values.is_none() {
         faults.add(&at.field("values"), "is missing: a condition needs values or notValues");
@@ -254,7 +268,9 @@ fn parse_condition(condition: &kinds::Condition, at: &At, faults: &mut Faults) -
     Some(match key.as_str() {
         "source.ip" => Condition::SourceIp(values(at, names, lists, faults, parse_block)),
         "source.namespace" => Condition::SourceNamespace(values(at, names, lists, faults, parse_namespace)),
-        "source.principal" => Condition::SourcePrincipal(values(at, names, lists, faults, parse_principal)),
+        "source.principal" => {
+            Condition::SourcePrincipal(values(at, names, lists, faults, |text| parse_principal(around, text)))
+        }
         "destination.ip" => Condition::DestinationIp(values(at, names, lists, faults, parse_block)),
         "destination.port" => Condition::DestinationPort(values(at, names, lists, faults, parse_port)),
         other => {
@@ -291,14 +307,14 @@ fn parse_namespace(text: &str) -> Result<Text, String> {
     parse_text(text, "-.")
 }
 
-fn parse_principal(text: &str) -> Result<Text, String> {
+fn parse_principal(around: Surroundings<'_>, text: &str) -> Result<Principal, String> {
     if text.contains("spiffe:") {
         let without = text.replacen("spiffe://", "", 1);
         return Err(format!(
             "principals are written without spiffe://, so {text:?} would match nothing: write {without:?}"
         ));
     }
-    parse_text(text, "-._/")
+    Ok(Principal { text: parse_text(text, "-._/")?, domains: Arc::clone(around.domains) })
 }
 
 /// A text with a `*` alone or at one end. A text that no identity can have would match nothing, which is not what its

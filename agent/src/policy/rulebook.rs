@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    parse::{self, Fault, Parsed},
+    parse::{self, Fault, Parsed, Surroundings},
     rules::{Action, Policy, Scope},
     strictness::{Levels, Strictness, Taken},
 };
@@ -96,6 +96,8 @@ pub(super) enum Compiled {
 struct Compiler {
     policies: ByNamespace,
     gaps: Vec<(Scope, Arc<str>)>,
+    /// Trust domains that mean the same.
+    domains: Arc<[Arc<str>]>,
     levels: Levels,
     problems: Vec<Unenforceable>,
 }
@@ -104,7 +106,7 @@ impl Rulebook {
     /// Compiles a snapshot's policies. Policies that can't be enforced deny for the workloads that they select.
     #[must_use]
     pub fn compile(snapshot: &Snapshot) -> Self {
-        let mut compiler = Compiler::default();
+        let mut compiler = Compiler { domains: Arc::clone(&snapshot.trust_domains), ..Compiler::default() };
         for policy in &snapshot.authorization_policies {
             compiler.add_authorization(policy, &snapshot.root_namespace);
         }
@@ -183,7 +185,7 @@ impl Compiler {
             .and_then(|annotations| annotations.get(DRY_RUN))
             .is_some_and(|text| is_true(text));
         let scope = Scope::new(namespace, root_namespace, parse::labels(policy.spec.selector.as_ref()));
-        match parse::parse(namespace, &policy.spec) {
+        match parse::parse(Surroundings { namespace, domains: &self.domains }, &policy.spec) {
             Ok(Parsed { action, rules, idle }) => {
                 self.note(kind, &name, idle, Effect::Nothing);
                 self.add(scope, Compiled::Enforced(Arc::new(Policy { name, action, dry_run, rules })));

@@ -89,8 +89,7 @@ impl<T> Values<T> {
 /// `source` of a rule.
 #[derive(Debug)]
 pub struct Source {
-    /// Without `spiffe://`.
-    pub principals: Values<Text>,
+    pub principals: Values<Principal>,
     pub namespaces: Values<Text>,
     pub service_accounts: Values<ServiceAccount>,
     pub ip_blocks: Values<IpNet>,
@@ -108,7 +107,7 @@ pub struct Operation {
 pub enum Condition {
     SourceIp(Values<IpNet>),
     SourceNamespace(Values<Text>),
-    SourcePrincipal(Values<Text>),
+    SourcePrincipal(Values<Principal>),
     DestinationIp(Values<IpNet>),
     DestinationPort(Values<u16>),
 }
@@ -137,6 +136,22 @@ impl Text {
             Self::Present => !text.is_empty(),
         }
     }
+
+    /// Whether it matches `head` and `tail` written one after the other.
+    fn matches_both(&self, head: &str, tail: &str) -> bool {
+        match self {
+            Self::Exact(exact) => exact.strip_prefix(head) == Some(tail),
+            Self::Prefix(prefix) => match prefix.strip_prefix(head) {
+                Some(rest) => tail.starts_with(rest),
+                None => head.starts_with(&**prefix),
+            },
+            Self::Suffix(suffix) => match suffix.strip_suffix(tail) {
+                Some(rest) => head.ends_with(rest),
+                None => tail.ends_with(&**suffix),
+            },
+            Self::Present => !head.is_empty() || !tail.is_empty(),
+        }
+    }
 }
 
 /// As it is written in a policy.
@@ -148,6 +163,32 @@ impl fmt::Display for Text {
             Self::Suffix(suffix) => write!(f, "*{suffix}"),
             Self::Present => f.write_str("*"),
         }
+    }
+}
+
+/// An identity to compare with, written without `spiffe://`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Principal {
+    pub text: Text,
+    /// Trust domains that mean the same (Istio's `trustDomainAliases`). An identity of one of them is compared under the name
+    /// of each; empty where none has another name.
+    pub domains: Arc<[Arc<str>]>,
+}
+
+impl Principal {
+    pub fn matches(&self, id: Option<&SpiffeId>) -> bool {
+        let Some(id) = id else { return false };
+        if self.domains.iter().any(|domain| **domain == *id.trust_domain()) {
+            return self.domains.iter().any(|domain| self.text.matches_both(domain, id.path()));
+        }
+        self.text.matches(Some(id.principal()))
+    }
+}
+
+/// As it is written in a policy.
+impl fmt::Display for Principal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.text.fmt(f)
     }
 }
 
@@ -195,7 +236,7 @@ impl Source {
             && service_accounts.is_absent()
             && ip_blocks.is_absent());
         says_something
-            && principals.matches(|text| text.matches(id.map(SpiffeId::principal)))
+            && principals.matches(|principal| principal.matches(id))
             && namespaces.matches(|text| text.matches(id.map(SpiffeId::namespace)))
             && service_accounts.matches(|account| account.is(id))
             && ip_blocks.matches(|block| contains(block, request.source_ip))
@@ -214,7 +255,7 @@ impl Condition {
         match self {
             Self::SourceIp(blocks) => blocks.matches(|block| contains(block, request.source_ip)),
             Self::SourceNamespace(texts) => texts.matches(|text| text.matches(id.map(SpiffeId::namespace))),
-            Self::SourcePrincipal(texts) => texts.matches(|text| text.matches(id.map(SpiffeId::principal))),
+            Self::SourcePrincipal(principals) => principals.matches(|principal| principal.matches(id)),
             Self::DestinationIp(blocks) => blocks.matches(|block| contains(block, request.destination_ip)),
             Self::DestinationPort(ports) => ports.matches(|port| *port == request.destination_port),
         }

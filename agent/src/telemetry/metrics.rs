@@ -18,17 +18,17 @@ use super::{
     families::{as_f64, counter, family, gauge, label},
     lane::{Health, LaneTable},
     pods::{PodReport, named},
-    pressure, process,
+    pressure, process, revocation,
     traffic::Traffic,
     tunnels::Tunnels,
     verdicts::{self, VerdictCounts},
 };
 use crate::{
     cluster::PolicyKind,
-    identity::CertificateStatus,
+    identity::{CertificateStatus, TrustReport},
     life::{budget::Budget, limits},
     policy::{Action, Denial, Effect, Rehearsal},
-    tunnel::{Connection, Direction, PoolCounts, Security},
+    tunnel::{Connection, Direction, PoolCounts, Security, Sessions},
 };
 
 /// Where a scrape reads what other stages know right now.
@@ -42,6 +42,9 @@ pub struct Sources {
     pub verdicts: Box<dyn Fn() -> VerdictCounts + Send + Sync>,
     pub pods: Box<dyn Fn() -> Vec<PodReport> + Send + Sync>,
     pub certificates: Box<dyn Fn() -> Vec<CertificateStatus> + Send + Sync>,
+    /// What is wrong with what peers are verified with, and what revocation ended.
+    pub trust: Box<dyn Fn() -> TrustReport + Send + Sync>,
+    pub sessions: Arc<Sessions>,
     /// Manifest objects that are not in force as written.
     pub manifest_problems: Box<dyn Fn() -> usize + Send + Sync>,
     /// Kind and effect of every policy, or part of one, that is not enforced as written.
@@ -189,6 +192,7 @@ impl Metrics {
         families.extend(process::runtime_families());
         families.extend(policy_family(&(sources.policy_problems)()));
         families.extend(certificate_family(&(sources.certificates)()));
+        families.extend(revocation::families(&(sources.trust)(), sources.sessions.ended()));
         families.extend(build_families());
         let single = [
             (

@@ -10,6 +10,7 @@ mod metrics;
 mod pods;
 mod pressure;
 mod process;
+mod revocation;
 mod spans;
 mod suppress;
 #[cfg(test)]

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     capture::{PodState, TcpHealth},
     cluster::{Locality, Naming, PolicyKind, Service, Workload},
-    identity::CertificateStatus,
+    identity::{CertificateStatus, TrustReport},
     life::budget::{Budget, Machine, Refusal},
     policy::{Action, Denial, Effect, Rehearsal},
     tunnel::{Connection, Direction, End, Flow, Observer, Security, Trace, Wire},
@@ -70,6 +70,7 @@ fn connection(id: u64, flow: Flow) -> Arc<Connection> {
         cancel: CancellationToken::new(),
         revoked: OnceLock::new(),
         idle: false.into(),
+        disowned: false.into(),
     })
 }
 
@@ -351,6 +352,8 @@ pub(super) fn sources(live: Vec<Arc<Connection>>) -> Sources {
                 last_error: String::new(),
             }]
         }),
+        trust: Box::new(TrustReport::default),
+        sessions: Arc::default(),
         manifest_problems: Box::new(|| 2),
         policy_problems: Box::new(|| vec![(PolicyKind::AuthorizationPolicy, Effect::Denies); 3]),
         pool: Arc::default(),

@@ -13,7 +13,7 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-use super::{Proofs, Session, Trace, meter::Wire, neighbours::Neighbours, offer::PoolCounts};
+use super::{Proofs, Session, Sessions, Trace, meter::Wire, neighbours::Neighbours, offer::PoolCounts};
 use crate::{
     capture::TcpHealth,
     cluster::{Service, Workload},
@@ -122,6 +122,8 @@ pub struct Connection {
     pub revoked: std::sync::OnceLock<policy::Denial>,
     /// Set before `cancel` when neither side has said anything for too long.
     pub idle: AtomicBool,
+    /// Set before `cancel` when the certificate of the peer whose tunnel carries it was revoked.
+    pub disowned: AtomicBool,
 }
 
 impl Connection {
@@ -175,6 +177,7 @@ struct Inner {
     pool: Arc<PoolCounts>,
     proofs: Arc<Proofs>,
     neighbours: Arc<Neighbours>,
+    sessions: Arc<Sessions>,
     shards: [Mutex<HashMap<u64, Arc<Connection>>>; SHARDS],
 }
 
@@ -205,6 +208,12 @@ impl Registry {
     #[must_use]
     pub fn proofs(&self) -> &Arc<Proofs> {
         &self.inner.proofs
+    }
+
+    /// The TLS sessions that may be revoked.
+    #[must_use]
+    pub fn sessions(&self) -> &Arc<Sessions> {
+        &self.inner.sessions
     }
 
     /// The pods that are served.
@@ -252,6 +261,7 @@ impl Carried {
             cancel: CancellationToken::new(),
             revoked: std::sync::OnceLock::new(),
             idle: AtomicBool::new(false),
+            disowned: AtomicBool::new(false),
         });
         registry.shard(id).insert(id, Arc::clone(&connection));
         Self { connection, registry: registry.clone(), observer: Arc::clone(observer), stage: Stage::Opening }
@@ -282,6 +292,10 @@ impl Carried {
                 let detail =
                     format!("no byte in either direction for {}", humantime::format_duration(limits::STREAM_IDLE));
                 End::Failed { reason: "idle", response_flags: "-", detail }
+            }
+            None if self.connection.disowned.load(Ordering::Acquire) => {
+                let detail = "the certificate of the peer, or of one of its issuers, was revoked".into();
+                End::Failed { reason: "peer_revoked", response_flags: "-", detail }
             }
             None => End::Failed { reason: "cancelled", response_flags: "-", detail: "closed by the agent".into() },
         }

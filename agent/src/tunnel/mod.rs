@@ -30,6 +30,7 @@ mod pod;
 mod proof;
 mod relay;
 mod session;
+mod sessions;
 mod trace;
 
 #[cfg(test)]
@@ -43,6 +44,7 @@ pub use meter::Wire;
 pub use offer::{PoolCounts, PoolEnd};
 pub use proof::{Answer, Expected, Failure, Program, Proofs, Seen, Witness};
 pub use session::Session;
+pub use sessions::{IsRevoked, Sessions, disown};
 pub use trace::Trace;
 
 use std::sync::Arc;

@@ -52,6 +52,7 @@ impl<E: Edge> Pod<E> {
             account: account.clone(),
             observer: Arc::clone(&shared.observer),
             counts: Arc::clone(shared.registry.pool()),
+            sessions: Arc::clone(shared.registry.sessions()),
         });
         Self { edge, shared, token, stop, pool, enrolled, account }
     }

@@ -10,7 +10,7 @@ use crate::{
         table::{plain, table},
     },
     cluster::{self, Settings},
-    life::config::{ConfigError, ROOT_NAMESPACE, TRUST_DOMAIN, trust_domain},
+    life::config::{ConfigError, ROOT_NAMESPACE, TRUST_DOMAIN, aliases, names, trust_domain},
     policy::{Explained, Question, Rulebook, answer},
 };
 
@@ -37,6 +37,9 @@ pub(in crate::cli) struct Args {
     /// With --manifests: SPIFFE trust domain of the mesh.
     #[arg(long, env = "HEDDLE_TRUST_DOMAIN", default_value = TRUST_DOMAIN, value_name = "NAME")]
     trust_domain: String,
+    /// With --manifests: another name of the trust domain; may be given again.
+    #[arg(long, env = "HEDDLE_TRUST_DOMAIN_ALIAS", value_delimiter = ',', value_name = "NAME")]
+    trust_domain_alias: Vec<String>,
     #[command(flatten)]
     ask: Ask,
 }
@@ -65,11 +68,15 @@ impl Args {
                 self.ask.get(&query("/policy/explain", &parts))
             }
             Some(folder) => {
-                let settings = Settings { root_namespace: self.root_namespace.as_str().into(), ..Settings::default() };
+                let trust_domain = trust_domain(&self.trust_domain)?;
+                let settings = Settings {
+                    root_namespace: self.root_namespace.as_str().into(),
+                    trust_domains: names(&trust_domain, &aliases(&self.trust_domain_alias, &self.trust_domain)?),
+                    ..Settings::default()
+                };
                 let mut directory = cluster::Directory::new(folder.clone());
                 directory.scan().with_context(|| folder.display().to_string())?;
                 let snapshot = cluster::index(&directory.objects(), &settings, 1);
-                let trust_domain = trust_domain(&self.trust_domain)?;
                 Ok(answer(&question, &snapshot, &Rulebook::compile(&snapshot), &trust_domain)?)
             }
         }

@@ -9,8 +9,9 @@ use std::{
 };
 
 use rcgen::{
-    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, SanType,
+    BasicConstraints, Certificate, CertificateParams, CertificateRevocationListParams, CustomExtension,
+    DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose,
+    RevokedCertParams, SanType, SerialNumber,
 };
 use rustls::{
     ClientConfig, ServerConfig,
@@ -26,10 +27,15 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tokio_util::sync::CancellationToken;
 
+use arc_swap::ArcSwap;
+use x509_parser::prelude::{FromDer, X509Certificate};
+
 use crate::identity::{
-    CaClientConfig, Certificates, SpiffeId, TrustDomain,
+    CaClientConfig, Certificates, SpiffeId, TrustConfig, TrustDomain, TrustDomains,
     ca::{Ca, CaConfig, RootSource},
     peer_identity,
+    roots::Roots,
+    verify::Trust,
 };
 
 pub const TOKEN: &str = "a-token";
@@ -42,6 +48,16 @@ pub fn trust_domain() -> TrustDomain {
     "mesh.test".parse().unwrap()
 }
 
+/// What trusts these roots, knows no other name, and asks for no revocation.
+pub fn trust(roots: &[&TestRoot]) -> Trust {
+    let certificates = roots.iter().map(|root| root.certificate.der().clone()).collect();
+    Trust {
+        roots: Arc::new(ArcSwap::from_pointee(Roots::new(certificates))),
+        domains: TrustDomains::new(trust_domain(), &[]),
+        revocation: Arc::default(),
+    }
+}
+
 pub struct TestRoot {
     pub key: KeyPair,
     pub certificate: Certificate,
@@ -51,6 +67,8 @@ pub struct TestRoot {
 pub struct Leaf<'a> {
     pub uris: &'a [&'a str],
     pub dns: &'a [&'a str],
+    /// A URI name of at most 100 bytes that rcgen would not write, in the place of all others.
+    pub raw_uri: Option<&'a [u8]>,
     /// Seconds from now.
     pub valid: (i64, i64),
     pub usages: &'a [ExtendedKeyUsagePurpose],
@@ -61,6 +79,7 @@ impl Default for Leaf<'_> {
         Self {
             uris: &["spiffe://mesh.test/ns/shop/sa/web"],
             dns: &[],
+            raw_uri: None,
             valid: (-60, 60),
             usages: &[ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
         }
@@ -73,6 +92,13 @@ impl Leaf<'_> {
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = self.uris.iter().map(|uri| SanType::URI((*uri).try_into().unwrap())).collect();
         params.subject_alt_names.extend(self.dns.iter().map(|name| SanType::DnsName((*name).try_into().unwrap())));
+        if let Some(uri) = self.raw_uri {
+            params.subject_alt_names.clear();
+            let length = u8::try_from(uri.len()).unwrap();
+            // SEQUENCE { [6] IA5String }, both shorter than 128 bytes (X.690 §8.1.3.4).
+            let names = [&[0x30, length + 2, 0x86, length], uri].concat();
+            params.custom_extensions = vec![CustomExtension::from_oid_content(&[2, 5, 29, 17], names)];
+        }
         let now = time::OffsetDateTime::now_utc();
         params.not_before = now + time::Duration::seconds(self.valid.0);
         params.not_after = now + time::Duration::seconds(self.valid.1);
@@ -100,20 +126,60 @@ impl TestRoot {
 
     pub fn leaf(&self, leaf: &Leaf<'_>) -> Arc<SingleCertAndKey> {
         let key = KeyPair::generate().unwrap();
-        presented(self.sign(&leaf.params(), &key), &key)
+        presented(vec![self.sign(&leaf.params(), &key)], &key)
+    }
+
+    /// A CA below this one.
+    pub fn intermediate(&self, name: &str, usages: &[KeyUsagePurpose]) -> Self {
+        let key = KeyPair::generate().unwrap();
+        Self { certificate: self.certify(name, usages, &key), key }
+    }
+
+    /// A CA's certificate for a key.
+    pub fn certify(&self, name: &str, usages: &[KeyUsagePurpose], key: &KeyPair) -> Certificate {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = usages.to_vec();
+        let issuer = Issuer::from_ca_cert_der(self.certificate.der(), &self.key).unwrap();
+        params.signed_by(key, &issuer).unwrap()
+    }
+
+    /// A list, PEM, that revokes these certificates and has to be replaced in so many seconds.
+    pub fn crl(&self, revoked: &[&CertificateDer<'_>], next_update: i64) -> String {
+        let now = time::OffsetDateTime::now_utc();
+        let entry = |der: &&CertificateDer<'_>| RevokedCertParams {
+            serial_number: SerialNumber::from_slice(X509Certificate::from_der(der).unwrap().1.raw_serial()),
+            revocation_time: now,
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let params = CertificateRevocationListParams {
+            this_update: now - time::Duration::days(1),
+            next_update: now + time::Duration::seconds(next_update),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.iter().map(entry).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        // Whether the issuer may sign lists is for the agent to find.
+        let issuer = Issuer::from_ca_cert_der(self.certificate.der(), &self.key).unwrap();
+        params.signed_by(&issuer).unwrap().pem().unwrap()
     }
 }
 
 pub fn self_signed(leaf: &Leaf<'_>) -> Arc<SingleCertAndKey> {
     let key = KeyPair::generate().unwrap();
     let certificate = leaf.params().self_signed(&key).unwrap();
-    presented(certificate.der().clone(), &key)
+    presented(vec![certificate.der().clone()], &key)
 }
 
-fn presented(certificate: CertificateDer<'static>, key: &KeyPair) -> Arc<SingleCertAndKey> {
+/// A chain, the leaf first, and the leaf's key.
+pub fn presented(chain: Vec<CertificateDer<'static>>, key: &KeyPair) -> Arc<SingleCertAndKey> {
     let der = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
     let signing = rustls::crypto::aws_lc_rs::sign::any_ecdsa_type(&der).unwrap();
-    Arc::new(SingleCertAndKey::from(CertifiedKey::new(vec![certificate], signing)))
+    Arc::new(SingleCertAndKey::from(CertifiedKey::new(chain, signing)))
 }
 
 /// A directory with a root, a token, and a CA that can be stopped and started again at its address.
@@ -188,7 +254,11 @@ impl Mesh {
     }
 
     pub fn node(&self, identities: &[&SpiffeId]) -> Certificates {
-        let certificates = Certificates::start(self.client_config()).unwrap();
+        self.node_with(TrustConfig::default(), identities)
+    }
+
+    pub fn node_with(&self, trust: TrustConfig, identities: &[&SpiffeId]) -> Certificates {
+        let certificates = Certificates::start_with(self.client_config(), trust).unwrap();
         certificates.keep(identities.iter().map(|identity| (*identity).clone()).collect());
         certificates
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{ROOT, authorization, cluster, request, rules, verdict, workload};
 use crate::{
-    cluster::{InvalidPolicy, PolicyGap, PolicyKind},
+    cluster::{InvalidPolicy, PolicyGap, PolicyKind, Snapshot},
     policy::{Action, Denial, Effect, Rehearsal, Request, Rulebook, decide, rehearse},
 };
 
@@ -479,4 +479,61 @@ fn where_policies_may_be_missing_nothing_is_allowed_and_what_is_denied_anyway_ke
     snapshot.policy_gaps = vec![gap(None)];
     assert_eq!(verdict(&Rulebook::compile(&snapshot), &request()), "policy_denied shop/p");
     assert_eq!(Rulebook::compile(&snapshot).gaps().len(), 1);
+}
+
+#[test]
+fn a_principal_of_one_of_our_trust_domains_means_the_identity_by_each_of_their_names() {
+    let cluster = |names: &[&str], policy| Snapshot {
+        trust_domains: names.iter().map(|name| Arc::from(*name)).collect(),
+        ..cluster(&[policy], &[])
+    };
+    let matched = |names: &[&str], id: &str, field: &str, principal: &str| {
+        let rule = match field {
+            "when" => format!("{{when: [{{key: source.principal, values: ['{principal}']}}]}}"),
+            field => format!("{{from: [{{source: {{{field}: ['{principal}']}}}}]}}"),
+        };
+        let request =
+            Request { principal: Some(format!("spiffe://{id}/ns/shop/sa/client").parse().unwrap()), ..request() };
+        let decided = |action: &str| {
+            let policy = authorization("shop/p", &format!("{{action: {action}, rules: [{rule}]}}"));
+            verdict(&Rulebook::compile(&cluster(names, policy)), &request)
+        };
+        match (decided("ALLOW").as_str(), decided("DENY").as_str()) {
+            ("allowed shop/p", "policy_denied shop/p") => true,
+            ("policy_not_allowed", "allowed") => false,
+            other => panic!("{principal}: {other:?}"),
+        }
+    };
+    let names: &[&str] = &["new.test", "old.test"];
+    for id in names {
+        for principal in [
+            "new.test/ns/shop/sa/client",
+            "old.test/ns/shop/sa/client",
+            "old.test/ns/shop/*",
+            "old.t*",
+            "old.test*",
+            "*d.test/ns/shop/sa/client",
+            "*/sa/client",
+            "*",
+        ] {
+            assert!(matched(names, id, "principals", principal), "{id} {principal}");
+            assert!(matched(names, id, "when", principal), "{id} {principal}");
+            assert!(!matched(names, id, "notPrincipals", principal), "{id} not {principal}");
+        }
+        for principal in [
+            "other.test/ns/shop/sa/client",
+            "old.test/ns/shop/sa/other",
+            "old.test/ns/shop/sa/client-2",
+            "cold.test/ns/shop/sa/client",
+            "older.t*",
+            "*cold.test/ns/shop/sa/client",
+        ] {
+            assert!(!matched(names, id, "principals", principal), "{id} {principal}");
+            assert!(matched(names, id, "notPrincipals", principal), "{id} not {principal}");
+        }
+    }
+    // Without an alias, and for a name that is none of ours, a text is what it says.
+    assert!(!matched(&[], "new.test", "principals", "old.test/ns/shop/sa/client"));
+    assert!(!matched(names, "other.test", "principals", "old.test/ns/shop/sa/client"));
+    assert!(matched(names, "other.test", "principals", "other.test/ns/shop/sa/client"));
 }

@@ -38,6 +38,7 @@ use crate::{
         pod::{Pod, workload_at},
         proof,
         relay::{self, Counters},
+        sessions::Listed,
     },
 };
 
@@ -52,6 +53,7 @@ struct Peer {
     principal: SpiffeId,
     own: SpiffeId,
     session: Arc<Session>,
+    listed: Listed,
     streams: AtomicUsize,
 }
 
@@ -171,8 +173,9 @@ async fn authenticate<E: Edge>(
     })?;
     let principal = E::peer_identity(certificate)
         .map_err(|error| AnswerError::Tls { reason: error.reason(), detail: error.to_string().into() })?;
-    let session = Session::new(session, pod.edge.serial(&own), tcp.wire());
-    Ok((tls, Peer { client, local, principal, own, session, streams: AtomicUsize::new(0) }))
+    let (state, session) = (session, Session::new(session, pod.edge.serial(&own), tcp.wire()));
+    let listed = pod.shared.registry.sessions().enter(&session, state);
+    Ok((tls, Peer { client, local, principal, own, session, listed, streams: AtomicUsize::new(0) }))
 }
 
 /// Takes streams until the connection ends. After `stop`, or when it is old, the peer is asked to open new ones elsewhere.
@@ -192,6 +195,10 @@ async fn streams<E: Edge>(pod: &Arc<Pod<E>>, tls: Tls, peer: Arc<Peer>) -> Resul
     loop {
         tokio::select! {
             biased;
+            () = peer.listed.revoked() => {
+                tracing::info!(peer = %peer.principal, serial = %peer.session.peer_serial, "Tunnel ended: the peer's certificate is revoked");
+                return Ok(());
+            }
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
                     if first {
@@ -284,7 +291,8 @@ async fn stream<E: Edge>(
         security: Security::MutualTls,
         // An address is a workload only if TLS says so too: addresses are used again.
         source_workload: workload_at(&snapshot, peer.client.ip())
-            .filter(|workload| pod.identity(workload).is_ok_and(|identity| identity == peer.principal))
+            // Of our trust domain by whichever of its names: TLS has seen to that.
+            .filter(|workload| pod.identity(workload).is_ok_and(|identity| identity.same_account(&peer.principal)))
             .cloned(),
         source_principal: Some(peer.principal.clone()),
         destination_service: meant_service(&snapshot, header("forwarded"), &destination),

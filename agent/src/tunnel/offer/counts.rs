@@ -21,11 +21,13 @@ pub enum PoolEnd {
     Aged,
     /// The destination's address is another workload's now, or the pod left.
     Retired,
+    /// The peer's certificate was revoked.
+    Revoked,
 }
 
 impl PoolEnd {
-    pub const ALL: [Self; 7] =
-        [Self::Peer, Self::Broken, Self::Silent, Self::Flood, Self::Idle, Self::Aged, Self::Retired];
+    pub const ALL: [Self; 8] =
+        [Self::Peer, Self::Broken, Self::Silent, Self::Flood, Self::Idle, Self::Aged, Self::Retired, Self::Revoked];
 
     /// Stable name: metric label.
     #[must_use]
@@ -38,6 +40,7 @@ impl PoolEnd {
             Self::Idle => "idle",
             Self::Aged => "aged",
             Self::Retired => "retired",
+            Self::Revoked => "revoked",
         }
     }
 }

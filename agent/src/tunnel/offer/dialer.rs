@@ -16,7 +16,9 @@ use crate::{
         budget::{Account, Refusal},
         limits,
     },
-    tunnel::{Direction, Observer, Session, buffered::Buffered, edge::Edge, meter::Metered},
+    tunnel::{
+        Direction, Observer, Session, Sessions, buffered::Buffered, edge::Edge, meter::Metered, sessions::Listed,
+    },
 };
 
 /// How the pool gets a connection.
@@ -25,8 +27,8 @@ pub(crate) trait Connector: Clone + Send + Sync + 'static {
 
     fn connect(&self, key: &Key) -> impl Future<Output = Result<Self::Io, OfferError>> + Send;
 
-    /// What TLS settled, where there is TLS.
-    fn session(&self, _io: &Self::Io, _key: &Key) -> Option<Arc<Session>> {
+    /// What TLS settled, where there is TLS, and its place among the sessions that may be revoked.
+    fn session(&self, _io: &Self::Io, _key: &Key) -> Option<(Arc<Session>, Listed)> {
         None
     }
 
@@ -42,6 +44,7 @@ pub(crate) struct Dialer<E> {
     pub observer: Arc<dyn Observer>,
     pub counts: Arc<PoolCounts>,
     pub account: Account,
+    pub sessions: Arc<Sessions>,
 }
 
 impl<E: Edge> Connector for Dialer<E> {
@@ -77,9 +80,11 @@ impl<E: Edge> Connector for Dialer<E> {
         Err(OfferError::Tls { reason, detail: detail.into() })
     }
 
-    fn session(&self, io: &Self::Io, key: &Key) -> Option<Arc<Session>> {
+    fn session(&self, io: &Self::Io, key: &Key) -> Option<(Arc<Session>, Listed)> {
         let (tcp, tls) = io.get_ref();
-        Some(Session::new(tls, self.edge.serial(&key.own), tcp.wire()))
+        let session = Session::new(tls, self.edge.serial(&key.own), tcp.wire());
+        let listed = self.sessions.enter(&session, tls);
+        Some((session, listed))
     }
 
     fn counts(&self) -> Arc<PoolCounts> {

@@ -35,6 +35,7 @@ use crate::{
         Session,
         frames::{Alarm, Frames, Role},
         http2::{self, Stalls},
+        sessions::Listed,
     },
 };
 
@@ -429,12 +430,12 @@ impl<C: Connector> Pool<C> {
         tokio::spawn(async move {
             let peer = Arc::clone(&connecting.peer);
             match establish(&connector, &key).await {
-                Ok((tunnel, connection, alarm)) => {
+                Ok((tunnel, connection, alarm, listed)) => {
                     let weak = Arc::downgrade(&tunnel);
                     let open = Open { counts: Arc::clone(&peer.counts), left: Arc::clone(&tunnel.left) };
                     open.counts.connection_opened();
                     connecting.finish(Ok(tunnel));
-                    drive(connection, &alarm, weak, &peer, &open.left).await;
+                    drive(connection, &alarm, listed.as_ref(), weak, &peer, &open.left).await;
                 }
                 Err(error) => connecting.finish(Err(error)),
             }
@@ -456,12 +457,12 @@ impl<C> Drop for Pool<C> {
     }
 }
 
-/// A connection, what moves its frames, and what tells that its peer floods.
-type Driven<C> = (Arc<Tunnel>, h2::client::Connection<Frames<<C as Connector>::Io>, Bytes>, Arc<Alarm>);
+/// A connection, what moves its frames, what tells that its peer floods, and what tells that it is revoked.
+type Driven<C> = (Arc<Tunnel>, h2::client::Connection<Frames<<C as Connector>::Io>, Bytes>, Arc<Alarm>, Option<Listed>);
 
 async fn establish<C: Connector>(connector: &C, key: &Key) -> Result<Driven<C>, OfferError> {
     let io = connector.connect(key).await?;
-    let session = connector.session(&io, key);
+    let (session, listed) = connector.session(&io, key).unzip();
     let (io, alarm) = Frames::new(io, Role::Client);
     let handshake = timeout(limits::TLS_HANDSHAKE, http2::client().handshake(io)).await;
     let (send, connection) = match handshake {
@@ -481,13 +482,15 @@ async fn establish<C: Connector>(connector: &C, key: &Key) -> Result<Driven<C>, 
         stalls: Stalls::default(),
         session,
     };
-    Ok((Arc::new(tunnel), connection, alarm))
+    Ok((Arc::new(tunnel), connection, alarm, listed))
 }
 
-/// Moves a connection's frames until it ends: by the peer, by silence, or by being idle and no longer wanted.
+/// Moves a connection's frames until it ends: by the peer, by silence, by the peer's revocation, or by being idle and no longer
+/// wanted.
 async fn drive<T>(
     mut connection: h2::client::Connection<T, Bytes>,
     alarm: &Alarm,
+    listed: Option<&Listed>,
     tunnel: Weak<Tunnel>,
     peer: &Arc<Peer>,
     left: &OnceLock<PoolEnd>,
@@ -497,6 +500,10 @@ async fn drive<T>(
     let pings = connection.ping_pong();
     let ended = tokio::select! {
         biased;
+        () = revoked(listed) => {
+            left.get_or_init(|| PoolEnd::Revoked);
+            Some("the peer's certificate is revoked".to_owned())
+        }
         ended = connection => ended.err().map(|error| {
             left.get_or_init(|| PoolEnd::Broken);
             error.to_string()
@@ -520,6 +527,13 @@ async fn drive<T>(
         tracing::debug!(%error, "Tunnel ended");
     }
     peer.changed.send_replace(());
+}
+
+async fn revoked(listed: Option<&Listed>) {
+    match listed {
+        Some(listed) => listed.revoked().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn release_when_idle(tunnel: &Weak<Tunnel>, peer: &Peer) {
