@@ -8,7 +8,7 @@
 pub use crate::{
     capture::fuzzing::capture,
     cluster::fuzzing::manifests,
-    identity::fuzzing::{ca_answer, certificate_request, peer_certificate, spiffe, trust_bundle},
+    identity::fuzzing::{ca_answer, certificate_request, peer_certificate, revocation_lists, spiffe, trust_bundle},
     life::fuzzing::{admin_query, flags},
     policy::fuzzing::policies,
     tunnel::fuzzing::{arrival, connect_target, frames, own_headers, proof_answer, request_headers},
@@ -21,7 +21,7 @@ mod tests {
     type Target = fn(&[u8]);
 
     /// Name of a target, of its folder of the corpus, and what it runs.
-    const TARGETS: [(&str, Target); 16] = [
+    const TARGETS: [(&str, Target); 17] = [
         ("admin_query", super::admin_query),
         ("arrival", super::arrival),
         ("ca_answer", super::ca_answer),
@@ -36,6 +36,7 @@ mod tests {
         ("policies", super::policies),
         ("proof_answer", super::proof_answer),
         ("request_headers", super::request_headers),
+        ("revocation_lists", super::revocation_lists),
         ("spiffe", super::spiffe),
         ("trust_bundle", super::trust_bundle),
     ];

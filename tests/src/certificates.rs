@@ -33,8 +33,8 @@ pub struct Leaf {
 pub struct Wanted<'a> {
     /// URI names.
     pub names: &'a [&'a str],
-    /// One more URI name, byte for byte and at most 100 of them, in the place of all others.
-    pub raw_name: Option<&'a [u8]>,
+    /// URI names byte for byte, some 100 together at most, in the place of all others.
+    pub raw_names: &'a [&'a [u8]],
     pub dns_names: &'a [&'a str],
     /// Validity, from now (negative for the past).
     pub from: Duration,
@@ -45,7 +45,7 @@ impl<'a> Wanted<'a> {
     /// Valid now, for an hour.
     #[must_use]
     pub fn valid(names: &'a [&'a str]) -> Self {
-        Self { names, raw_name: None, dns_names: &[], from: Duration::minutes(-1), to: Duration::hours(1) }
+        Self { names, raw_names: &[], dns_names: &[], from: Duration::minutes(-1), to: Duration::hours(1) }
     }
 
     /// Was valid, until a minute ago.
@@ -91,11 +91,16 @@ impl Root {
         for name in wanted.dns_names {
             params.subject_alt_names.push(SanType::DnsName((*name).try_into()?));
         }
-        if let Some(name) = wanted.raw_name {
+        if !wanted.raw_names.is_empty() {
             params.subject_alt_names.clear();
-            // SEQUENCE { [6] IA5String }, both shorter than 128 bytes (X.690 §8.1.3.4).
-            let length = u8::try_from(name.len())?;
-            let names = [&[0x30, length + 2, 0x86, length], name].concat();
+            // SEQUENCE { [6] IA5String, … }, each shorter than 128 bytes (X.690 §8.1.3.4).
+            let mut names = Vec::new();
+            for name in wanted.raw_names {
+                names.extend([0x86, u8::try_from(name.len())?]);
+                names.extend_from_slice(name);
+            }
+            let length = u8::try_from(names.len()).ok().filter(|length| *length < 128).context("too long")?;
+            let names = [&[0x30, length], names.as_slice()].concat();
             params.custom_extensions = vec![CustomExtension::from_oid_content(&[2, 5, 29, 17], names)];
         }
         let key = KeyPair::generate()?;

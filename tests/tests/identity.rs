@@ -105,7 +105,6 @@ fn i3_a_certificate_whose_name_is_not_exact_is_refused() -> Result {
     needs_root!();
     let stage = stage()?;
     let root = stage.lab.root()?;
-    let raw = |name| Wanted { raw_name: Some(name), ..Wanted::valid(&[]) };
     let (cluster, client) = ("spiffe://cluster.local", "ns/shop/sa/client");
     let long = format!("{CLIENT}/{}", "x".repeat(2_048));
     let texts = [
@@ -121,7 +120,9 @@ fn i3_a_certificate_whose_name_is_not_exact_is_refused() -> Result {
         format!("{cluster}/ns/sh\u{43e}p/sa/client"),
         "https://cluster.local/shop".to_owned(),
     ];
-    let mut wanted: Vec<Wanted<'_>> = texts.iter().map(|text| raw(text.as_bytes())).collect();
+    let texts: Vec<[&[u8]; 1]> = texts.iter().map(|text| [text.as_bytes()]).collect();
+    let mut wanted: Vec<Wanted<'_>> =
+        texts.iter().map(|text| Wanted { raw_names: text, ..Wanted::valid(&[]) }).collect();
     let (one, two) = ([CLIENT, "spiffe://cluster.local/ns/shop/sa/admin"], [long.as_str()]);
     wanted.extend([
         Wanted::valid(&[]),

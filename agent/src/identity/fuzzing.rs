@@ -9,9 +9,10 @@ use std::{
 use rustls_pki_types::CertificateDer;
 
 use super::{
-    SpiffeId, TrustDomain, ca, client,
+    SpiffeId, TrustDomain, TrustDomains, ca, client,
     key::WorkloadKey,
     peer_identity,
+    revocation::Lists,
     roots::{Roots, TrustBundle, parse_bundle, unix_time},
 };
 
@@ -28,6 +29,20 @@ pub fn spiffe(data: &[u8]) {
     });
     assert_eq!(again.as_ref(), Ok(&id));
     assert_eq!(format!("spiffe://{}", id.principal()), text);
+    assert_eq!(format!("{}{}", id.trust_domain(), id.path()), id.principal());
+    // By another name of our trust domain it is the same, and by a name of somebody else's it is not.
+    let other = |domain: &str| {
+        let domain = domain.parse().ok()?;
+        Some((SpiffeId::new(&domain, id.namespace(), id.service_account()).ok()?, domain))
+    };
+    let (Ok(own), Some((alias, name)), Some((foreign, _))) =
+        (id.trust_domain().parse(), other("alias.test"), other("foreign.test"))
+    else {
+        return;
+    };
+    let domains = TrustDomains::new(own, &[name]);
+    assert!(domains.same(&id, &alias) && domains.include(&alias) && id.same_account(&alias));
+    assert_eq!(domains.same(&id, &foreign), id == foreign);
 }
 
 /// A certificate that names somebody holds that name, and none is trusted by roots that did not sign it.
@@ -41,6 +56,17 @@ pub fn peer_certificate(data: &[u8]) {
     let roots = FOREIGN.get_or_init(|| Roots::new(vec![ca::fuzzing::root().clone()]));
     let now = unix_time(SystemTime::now());
     assert!(roots.verify_client(&der, &[], now).is_err() && roots.verify_server(&der, &[], now).is_err());
+}
+
+/// Lists that are accepted are signed by the root, whose key nobody here has; they revoke nobody whom they don't number.
+pub fn revocation_lists(data: &[u8]) {
+    let Err(fault) = Lists::parse(data, std::slice::from_ref(ca::fuzzing::root())) else {
+        unreachable!("lists that the root has not signed")
+    };
+    assert!(!fault.reason().is_empty() && !fault.fix().is_empty() && !fault.to_string().is_empty());
+    // As DER, too, where libFuzzer finds more than in PEM.
+    let printed = pem::encode(&pem::Pem::new("X509 CRL", data));
+    assert!(Lists::parse(printed.as_bytes(), std::slice::from_ref(ca::fuzzing::root())).is_err());
 }
 
 /// A bundle that is accepted holds CA certificates only, and is the same when it is printed and read again.

@@ -72,6 +72,10 @@ pub fn peer_identity(certificate: &CertificateDer<'_>) -> Result<SpiffeId, Ident
 pub(super) fn spiffe_id(certificate: &CertificateDer<'_>) -> Result<SpiffeId, PeerError> {
     let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| PeerError::Malformed)?;
     let names = parsed.subject_alternative_name().map_err(|_| PeerError::Malformed)?.ok_or(PeerError::NoSpiffeId)?;
+    // A name that can't be read may be a second one.
+    if names.value.general_names.iter().any(|name| matches!(name, GeneralName::Invalid(..))) {
+        return Err(PeerError::Malformed);
+    }
     let mut uris = names.value.general_names.iter().filter_map(|name| match name {
         GeneralName::URI(uri) => Some(*uri),
         _ => None,

@@ -67,8 +67,8 @@ pub struct TestRoot {
 pub struct Leaf<'a> {
     pub uris: &'a [&'a str],
     pub dns: &'a [&'a str],
-    /// A URI name of at most 100 bytes that rcgen would not write, in the place of all others.
-    pub raw_uri: Option<&'a [u8]>,
+    /// URI names that rcgen would not write, in the place of all others; some 100 bytes together at most.
+    pub raw_uris: &'a [&'a [u8]],
     /// Seconds from now.
     pub valid: (i64, i64),
     pub usages: &'a [ExtendedKeyUsagePurpose],
@@ -79,7 +79,7 @@ impl Default for Leaf<'_> {
         Self {
             uris: &["spiffe://mesh.test/ns/shop/sa/web"],
             dns: &[],
-            raw_uri: None,
+            raw_uris: &[],
             valid: (-60, 60),
             usages: &[ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
         }
@@ -92,11 +92,12 @@ impl Leaf<'_> {
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = self.uris.iter().map(|uri| SanType::URI((*uri).try_into().unwrap())).collect();
         params.subject_alt_names.extend(self.dns.iter().map(|name| SanType::DnsName((*name).try_into().unwrap())));
-        if let Some(uri) = self.raw_uri {
+        if !self.raw_uris.is_empty() {
             params.subject_alt_names.clear();
-            let length = u8::try_from(uri.len()).unwrap();
-            // SEQUENCE { [6] IA5String }, both shorter than 128 bytes (X.690 §8.1.3.4).
-            let names = [&[0x30, length + 2, 0x86, length], uri].concat();
+            // SEQUENCE { [6] IA5String, … }, each shorter than 128 bytes (X.690 §8.1.3.4).
+            let length = |bytes: &[u8]| u8::try_from(bytes.len()).ok().filter(|length| *length < 128).unwrap();
+            let names: Vec<u8> = self.raw_uris.iter().flat_map(|uri| [&[0x86, length(uri)], *uri].concat()).collect();
+            let names = [&[0x30, length(&names)], names.as_slice()].concat();
             params.custom_extensions = vec![CustomExtension::from_oid_content(&[2, 5, 29, 17], names)];
         }
         let now = time::OffsetDateTime::now_utc();
