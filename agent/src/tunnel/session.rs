@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rustls::CommonState;
 
 use super::Wire;
-use crate::identity;
+use crate::identity::{self, SpiffeId};
 
 /// A tunnel's TLS session.
 #[derive(Debug, Clone)]
@@ -14,6 +14,8 @@ pub struct Session {
     pub version: &'static str,
     /// Such as `TLS13_AES_256_GCM_SHA384`.
     pub cipher: &'static str,
+    /// Who the peer says that it is, by whichever name of our trust domain.
+    pub peer: Option<SpiffeId>,
     /// Serial numbers of the certificates, this side's and the peer's: lower-case hex, empty where unknown.
     pub own_serial: Arc<str>,
     pub peer_serial: Arc<str>,
@@ -22,14 +24,15 @@ pub struct Session {
 }
 
 impl Session {
-    /// Of a finished handshake; `own_serial` is of the certificate that this side presented.
-    pub(super) fn new(tls: &CommonState, own_serial: Arc<str>, wire: &Arc<Wire>) -> Arc<Self> {
-        let peer = tls.peer_certificates().and_then(|chain| chain.first());
+    /// Of a finished handshake with `peer`; `own_serial` is of the certificate that this side presented.
+    pub(super) fn new(tls: &CommonState, peer: Option<SpiffeId>, own_serial: Arc<str>, wire: &Arc<Wire>) -> Arc<Self> {
+        let certificate = tls.peer_certificates().and_then(|chain| chain.first());
         Arc::new(Self {
             version: tls.protocol_version().and_then(|version| version.as_str()).unwrap_or_default(),
             cipher: tls.negotiated_cipher_suite().and_then(|suite| suite.suite().as_str()).unwrap_or_default(),
+            peer,
             own_serial,
-            peer_serial: peer.and_then(identity::serial).unwrap_or_default().into(),
+            peer_serial: certificate.and_then(identity::serial).unwrap_or_default().into(),
             wire: Arc::clone(wire),
         })
     }

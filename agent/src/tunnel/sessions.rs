@@ -101,6 +101,11 @@ impl Sessions {
         (self.ended.load(Ordering::Relaxed), self.ended_connections.load(Ordering::Relaxed))
     }
 
+    #[cfg(test)]
+    pub fn count(&self) -> usize {
+        self.live().len()
+    }
+
     fn live(&self) -> MutexGuard<'_, HashMap<u64, Arc<Entry>>> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }

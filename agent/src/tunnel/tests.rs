@@ -5,6 +5,7 @@ mod budgets;
 mod carry;
 mod deadlines;
 mod local;
+mod revoked;
 mod world;
 
 use std::{collections::HashMap, sync::Arc};

@@ -205,13 +205,16 @@ impl Stamp {
     }
 }
 
+/// The file's bytes, or why they can't be read.
+type Content = Result<Vec<u8>, String>;
+
 /// What was seen of the file so far.
 #[derive(Debug, Default)]
 pub(super) struct Follower {
     stamp: Option<Stamp>,
     read: Option<Instant>,
     /// What the last judgement rests on.
-    judged: Option<(Result<Vec<u8>, String>, Arc<Roots>)>,
+    judged: Option<(Content, Arc<Roots>)>,
     /// What came of it.
     outcome: Option<Result<Arc<Lists>, CrlFault>>,
     last_good: Option<Arc<Lists>>,
@@ -269,7 +272,7 @@ impl Follower {
 }
 
 /// What a file says under these roots.
-fn judge(bytes: &Result<Vec<u8>, String>, roots: &[CertificateDer<'_>], now: SystemTime) -> Result<Lists, CrlFault> {
+fn judge(bytes: &Content, roots: &[CertificateDer<'_>], now: SystemTime) -> Result<Lists, CrlFault> {
     let bytes = bytes.as_ref().map_err(|error| CrlFault::Unreadable(error.clone()))?;
     let lists = Lists::parse(bytes, roots)?;
     match lists.expired(now) {

@@ -115,7 +115,7 @@ fn a_list_speaks_only_of_what_its_own_key_signed() {
     let [of_old, of_new] = [&old, &new].map(|root| root.sign(&params, &key));
     let trust = under(&[&old, &new], &(old.crl(&[&of_old], SOON) + &new.crl(&[], SOON)));
     let then = unix_time(SystemTime::now());
-    assert!(trust.revoked(&[of_old.clone()], then));
+    assert!(trust.revoked(std::slice::from_ref(&of_old), then));
     assert!(!trust.revoked(&[of_new], then));
     // A certificate that has ended since is still known for what it was.
     params.not_after = time::OffsetDateTime::now_utc() - time::Duration::seconds(2);
@@ -229,7 +229,7 @@ async fn a_list_that_becomes_too_old_while_it_lies_there_is_noticed() {
 async fn an_expired_root_vouches_for_nobody() {
     let mut root = TestRoot::new("root");
     let (leaf, key) = leaf(&root);
-    assert_eq!(both(&trust(&[&root]), &[leaf.clone()], &key).await, [Ok(()), Ok(())]);
+    assert_eq!(both(&trust(&[&root]), std::slice::from_ref(&leaf), &key).await, [Ok(()), Ok(())]);
     let mut params = rcgen::CertificateParams::default();
     params.distinguished_name = rcgen::DistinguishedName::new();
     params.distinguished_name.push(rcgen::DnType::CommonName, "root");

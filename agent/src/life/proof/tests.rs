@@ -59,7 +59,7 @@ fn session() -> Arc<Session> {
     let wire = Arc::new(Wire::new(Direction::Outbound));
     wire.sent(700);
     let (version, cipher) = ("TLSv1_3", "TLS13_AES_256_GCM_SHA384");
-    Arc::new(Session { version, cipher, own_serial: "0a".into(), peer_serial: "0b".into(), wire })
+    Arc::new(Session { version, cipher, peer: None, own_serial: "0a".into(), peer_serial: "0b".into(), wire })
 }
 
 /// What an honest far side says of that session.

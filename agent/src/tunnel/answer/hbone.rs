@@ -173,7 +173,7 @@ async fn authenticate<E: Edge>(
     })?;
     let principal = E::peer_identity(certificate)
         .map_err(|error| AnswerError::Tls { reason: error.reason(), detail: error.to_string().into() })?;
-    let (state, session) = (session, Session::new(session, pod.edge.serial(&own), tcp.wire()));
+    let (state, session) = (session, Session::new(session, Some(principal.clone()), pod.edge.serial(&own), tcp.wire()));
     let listed = pod.shared.registry.sessions().enter(&session, state);
     Ok((tls, Peer { client, local, principal, own, session, listed, streams: AtomicUsize::new(0) }))
 }

@@ -230,6 +230,11 @@ async fn tunnel<E: Edge>(
     .proving(proof.cloned());
     let opened = pod.pool.open(&key, &connect).await?;
     flow.session = opened.slot.session().cloned();
+    // The workload that was meant may go by another name of our trust domain.
+    let presented = flow.session.as_ref().and_then(|session| session.peer.as_ref());
+    if let Some(presented) = presented.filter(|presented| presented.same_account(&key.peer)) {
+        flow.destination_principal = Some(presented.clone());
+    }
     Ok(opened)
 }
 
