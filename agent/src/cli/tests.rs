@@ -163,7 +163,7 @@ fn the_json_of_what_the_agent_answers_is_stable() {
     let table = [
         (
             serde_json::to_value(Status::default()).unwrap(),
-            "manifest_problems node pods policy_problems ready unproven_paths version waiting_for",
+            "manifest_problems node pods policy_problems ready trust_problems unproven_paths version waiting_for",
         ),
         (
             serde_json::to_value(PodLine::default()).unwrap(),

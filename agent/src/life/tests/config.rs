@@ -3,6 +3,7 @@ use std::time::Duration;
 use clap::Parser;
 
 use crate::{
+    identity::{CrlConfig, CrlFailure, TrustDomain},
     life::config::{Config, ConfigError, Raw, default_workers},
     telemetry::{Destination, Export, Format},
 };
@@ -53,6 +54,9 @@ fn a_value_that_cannot_work_is_refused_with_its_flag_and_the_fix() {
         ("--manifests", "/does/not/exist"),
         ("--manifests", "/proc/self/status"),
         ("--trust-domain", "Not A Domain"),
+        ("--trust-domain-alias", "Not A Domain"),
+        ("--trust-domain-alias", "cluster.local"),
+        ("--trust-domain-alias", "a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q"),
         ("--root-namespace", ""),
         ("--cluster-id", ""),
         ("--ca-address", "http://ca:15012"),
@@ -96,6 +100,15 @@ fn what_is_typed_is_what_it_means() {
     assert_eq!((config.workers, config.drain_grace), (3, Duration::from_secs(65)));
     assert_eq!(config.log_format, Format::Json);
     assert_eq!(config.spans, None, "sent only where asked for");
+    assert!(config.crl.is_none() && config.trust_domain_aliases.is_empty());
+    let config =
+        typed(&["--crl", "/crl.pem", "--trust-domain-alias", "a.test,b.test", "--trust-domain-alias", "c.test"]);
+    let config = config.unwrap();
+    let aliases: Vec<_> = config.trust_domain_aliases.iter().map(TrustDomain::as_str).collect();
+    assert_eq!(aliases, ["a.test", "b.test", "c.test"]);
+    assert_eq!(config.crl, Some(CrlConfig { path: "/crl.pem".into(), failure: CrlFailure::Refuse }));
+    let config = typed(&["--crl", "/crl.pem", "--crl-failure", "last-good"]).unwrap();
+    assert_eq!(config.crl.unwrap().failure, CrlFailure::LastGood);
     let config = typed(&["--otlp-endpoint", "http://127.0.0.1:4317", "--otlp-sample-ratio", "0.25"]).unwrap();
     assert_eq!(config.spans, Some(Export { endpoint: "http://127.0.0.1:4317".into(), ratio: 0.25 }));
 }
