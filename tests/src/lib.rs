@@ -29,6 +29,7 @@ pub mod kernel;
 pub mod lab;
 pub mod logs;
 pub mod manifests;
+pub mod memory;
 pub mod metrics;
 pub mod netns;
 pub mod node;

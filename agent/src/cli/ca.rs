@@ -72,6 +72,7 @@ impl Args {
         let config = self.config()?;
         let _written_at_the_end = log::start(format).context("can't start the log")?;
         start::install_crypto()?;
+        start::protect_memory()?;
         let runtime = tokio::runtime::Runtime::new().context("can't start the runtime")?;
         runtime.block_on(async {
             let mut terminate = signal(SignalKind::terminate()).context("can't handle signals")?;

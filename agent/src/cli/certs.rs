@@ -1,12 +1,12 @@
-//! `heddle certs`: the certificates that this node's agent holds.
+//! `heddle certs`: the certificates that this node's agent holds, and what signed them.
 
-use std::process::ExitCode;
+use std::{collections::BTreeMap, process::ExitCode};
 
 use super::{
     ask::{Ask, json, print},
-    table::{span, table},
+    table::{plain, span, table},
 };
-use crate::life::admin::CertificateLine;
+use crate::life::admin::{CertificateLine, IssuerLine};
 
 pub(super) fn run(ask: &Ask) -> anyhow::Result<ExitCode> {
     let certificates: Vec<CertificateLine> = ask.get("/certificates")?;
@@ -18,24 +18,54 @@ pub(super) fn text(certificates: &[CertificateLine]) -> String {
     let rows: Vec<_> = certificates
         .iter()
         .map(|certificate| {
-            let left = match certificate.seconds_left {
-                None => String::new(),
-                Some(left) if left < 0 => format!("expired {} ago", span(left.unsigned_abs())),
-                Some(left) => span(left.unsigned_abs()),
-            };
+            let next = certificate.next_try_seconds.map(|wait| match u64::try_from(wait) {
+                Ok(wait @ 1..) => format!("in {}", span(wait)),
+                _ => "now".to_owned(),
+            });
             vec![
                 certificate.identity.clone(),
                 certificate.state.replace('_', " "),
                 certificate.serial.clone(),
-                certificate.not_before.clone(),
+                certificate.chain.first().map(|issuer| issuer.serial.clone()).unwrap_or_default(),
                 certificate.not_after.clone(),
-                left,
+                certificate.seconds_left.map(left).unwrap_or_default(),
+                certificate.received.clone(),
+                next.unwrap_or_default(),
                 certificate.last_error.clone(),
             ]
         })
         .collect();
     let held = certificates.iter().filter(|certificate| certificate.seconds_left.is_some_and(|left| left > 0)).count();
     let total = format!("{held} of {} certificates valid\n", certificates.len());
-    let header = ["IDENTITY", "STATE", "SERIAL", "NOT BEFORE", "NOT AFTER", "LEFT", "LAST ERROR"];
-    if rows.is_empty() { total } else { table(&header, &rows) + "\n" + &total }
+    if rows.is_empty() {
+        return total;
+    }
+    let header = ["IDENTITY", "STATE", "SERIAL", "ISSUER", "NOT AFTER", "LEFT", "RECEIVED", "NEXT TRY", "LAST ERROR"];
+    table(&header, &rows) + "\n" + &issuers(certificates) + &total
+}
+
+/// Each intermediate and root once, with how many certificates lead through it.
+fn issuers(certificates: &[CertificateLine]) -> String {
+    let mut used: BTreeMap<(&str, &str), (&IssuerLine, u64)> = BTreeMap::new();
+    for issuer in certificates.iter().flat_map(|certificate| &certificate.chain) {
+        used.entry((&issuer.serial, &issuer.subject)).or_insert((issuer, 0)).1 += 1;
+    }
+    let row = |(issuer, count): &(&IssuerLine, u64)| {
+        vec![
+            issuer.serial.clone(),
+            issuer.kind.clone(),
+            plain(&issuer.subject),
+            issuer.not_after.clone(),
+            left(issuer.seconds_left),
+            count.to_string(),
+        ]
+    };
+    let rows: Vec<_> = used.values().map(row).collect();
+    let header = ["ISSUER", "KIND", "SUBJECT", "NOT AFTER", "LEFT", "CERTIFICATES"];
+    if rows.is_empty() { String::new() } else { table(&header, &rows) + "\n" }
+}
+
+/// What is left of a lifetime (seconds).
+fn left(seconds: i64) -> String {
+    if seconds < 0 { format!("expired {} ago", span(seconds.unsigned_abs())) } else { span(seconds.unsigned_abs()) }
 }

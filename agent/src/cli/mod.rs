@@ -6,6 +6,7 @@ mod agent;
 mod ask;
 mod ca;
 mod certs;
+mod check;
 mod connections;
 mod policy;
 mod probe;
@@ -42,8 +43,12 @@ enum Verb {
     Status(ask::Ask),
     /// Show the connections that this node's agent carries.
     Connections(connections::Args),
-    /// Show the certificates that this node's agent holds.
+    /// Show the certificates that this node's agent holds, and what signed them.
     Certs(ask::Ask),
+    /// Show what is wrong with this node's certificates, roots and trust files, or will be within 30 days.
+    ///
+    /// Ends with status 1 when there is an error.
+    Check(ask::Ask),
     /// Show by a connection how a pair of pods is protected.
     ///
     /// Connects from pod A to pod B as A's app would, and shows what the agents of both saw of that connection. Ask the agent
@@ -72,6 +77,7 @@ impl Cli {
             Verb::Status(ask) => status::run(&ask),
             Verb::Connections(args) => args.run(),
             Verb::Certs(ask) => certs::run(&ask),
+            Verb::Check(ask) => check::run(&ask),
             Verb::Proof(args) => args.run(),
             Verb::Policy(verb) => verb.run(),
             Verb::Uninstall(args) => args.run(),

@@ -1,12 +1,14 @@
 use clap::{CommandFactory, Parser};
 
 use super::{
-    Cli, certs, connections, exit_code, parse_exit_code, status,
+    Cli, certs,
+    check::{self, Severity},
+    connections, exit_code, parse_exit_code, status,
     table::{span, table},
     uninstall,
 };
 use crate::life::{
-    admin::{CertificateLine, ConnectionLine, PathLine, PodLine, Status},
+    admin::{CertificateLine, ConnectionLine, IssuerLine, PathLine, PodLine, Status, Trust, TrustProblemLine},
     config::EXIT_USAGE,
 };
 
@@ -132,6 +134,87 @@ fn connections_and_certificates_read_well() {
     assert_eq!([span(0), span(59), span(3_599), span(3_600)], ["0s", "59s", "59m 59s", "1h 0m"]);
 }
 
+const DAY: i64 = 86_400;
+
+fn issuer(kind: &str, name: &str, left: i64) -> IssuerLine {
+    let (kind, subject, serial) = (kind.into(), format!("CN={name}"), format!("0{name}"));
+    IssuerLine { kind, subject, serial, not_after: "then".into(), seconds_left: left }
+}
+
+fn certificate(name: &str, state: &str, left: Option<i64>, error: &str) -> CertificateLine {
+    CertificateLine {
+        identity: format!("spiffe://{name}"),
+        state: state.into(),
+        seconds_left: left,
+        last_error: error.into(),
+        chain: if left.is_some() { vec![issuer("intermediate", "m", 90 * DAY), issuer("root", "r", 400 * DAY)] } else { vec![] },
+        next_try_seconds: Some(7),
+        ..CertificateLine::default()
+    }
+}
+
+#[test]
+fn certificates_are_shown_with_their_issuers_and_their_next_try() {
+    let two = [certificate("a", "valid", Some(1_800), ""), certificate("b", "not_renewed", Some(60), "CA unreachable")];
+    let text = certs::text(&two);
+    assert!(text.contains("0m      intermediate  CN=m     then       2160h 0m  2\n"), "{text}");
+    assert!(text.contains("0r      root          CN=r     then       9600h 0m  2\n"), "{text}");
+    assert!(text.contains("in 7s     CA unreachable\n"), "{text}");
+    assert!(text.ends_with("2 of 2 certificates valid\n"), "{text}");
+}
+
+#[test]
+fn a_check_of_what_is_well_finds_nothing_and_of_each_fault_exactly_that() {
+    let roots = |left| Trust { roots: vec![issuer("root", "r", left)], ..Trust::default() };
+    let sound = [certificate("a", "valid", Some(1_800), "")];
+    let of = |certificates: &[CertificateLine], trust: &Trust| -> Vec<(Severity, String)> {
+        check::findings(certificates, trust).into_iter().map(|finding| (finding.severity, finding.reason)).collect()
+    };
+    use Severity::{Error, Warning};
+    let well = roots(400 * DAY);
+    assert_eq!(of(&sound, &well), []);
+    assert_eq!(check::text(&[]), "0 errors, 0 warnings\n");
+    for (certificate, severity, reason) in [
+        (certificate("a", "missing", None, ""), Warning, "certificate_missing"),
+        (certificate("a", "missing", None, "CA refused"), Error, "certificate_missing"),
+        (certificate("a", "expired", Some(-5), "CA refused"), Error, "certificate_expired"),
+        (certificate("a", "not_renewed", Some(5), "CA refused"), Warning, "certificate_not_renewed"),
+        (
+            CertificateLine { chain: vec![issuer("root", "other", 400 * DAY)], ..sound[0].clone() },
+            Error,
+            "certificate_untrusted",
+        ),
+        (
+            CertificateLine {
+                chain: vec![issuer("intermediate", "m", 29 * DAY), issuer("root", "r", 400 * DAY)],
+                ..sound[0].clone()
+            },
+            Warning,
+            "intermediate_ends_soon",
+        ),
+    ] {
+        assert_eq!(of(&[certificate.clone()], &well), [(severity, reason.to_owned())], "{certificate:?}");
+        // Two of a kind: two certificates, but one intermediate.
+        let count = if reason.starts_with("intermediate") { 1 } else { 2 };
+        let other = CertificateLine { identity: "spiffe://b".into(), ..certificate.clone() };
+        assert_eq!(of(&[certificate, other], &well).len(), count);
+    }
+    // The chain tells of the root as it was; the bundle's own says what counts.
+    let brief = |left| [CertificateLine { chain: vec![issuer("root", "r", left)], ..sound[0].clone() }];
+    assert_eq!(of(&brief(30 * DAY), &roots(30 * DAY)), []);
+    assert_eq!(of(&brief(30 * DAY - 1), &roots(30 * DAY - 1)), [(Warning, "root_ends_soon".to_owned())]);
+    assert_eq!(of(&brief(0), &roots(0)), [(Error, "root_expired".to_owned())]);
+    assert_eq!(of(&[], &Trust::default()), [(Error, "no_roots".to_owned())]);
+    let crl = TrustProblemLine { what: "revocation lists".into(), reason: "crl_expired".into(), error: "since 1h".into() };
+    let troubled = Trust { problems: vec![crl], ..well };
+    let soon = certificate("a", "not_renewed", Some(5), "CA refused");
+    let found = check::findings(&[soon], &troubled);
+    assert_eq!(found.iter().map(|finding| finding.severity).collect::<Vec<_>>(), [Error, Warning], "errors first");
+    let text = check::text(&found);
+    assert!(text.contains("error     crl_expired              revocation lists  since 1h\n"), "{text}");
+    assert!(text.ends_with("\n1 errors, 1 warnings\n"), "{text}");
+}
+
 #[test]
 fn an_agent_that_does_not_run_is_said_plainly() {
     let folder = tempfile::tempdir().unwrap();
@@ -178,8 +261,12 @@ fn the_json_of_what_the_agent_answers_is_stable() {
         ),
         (
             serde_json::to_value(CertificateLine::default()).unwrap(),
-            "identity last_error not_after not_before seconds_left serial state",
+            "chain failed identity last_error last_reason next_try next_try_seconds not_after not_before received \
+             seconds_left serial state",
         ),
+        (serde_json::to_value(IssuerLine::default()).unwrap(), "kind not_after seconds_left serial subject"),
+        (serde_json::to_value(Trust::default()).unwrap(), "problems roots"),
+        (serde_json::to_value(TrustProblemLine::default()).unwrap(), "error reason what"),
     ];
     for (value, expected) in table {
         assert_eq!(keys(value), expected);

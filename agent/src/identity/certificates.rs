@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    BundleError, CaClientConfig, CrlConfig, CrlStatus, FetchError, PeerError, RootStatus, SpiffeId, TrustDomain,
+    BundleError, CaClientConfig, CrlConfig, CrlStatus, FetchError, IssuerStatus, PeerError, RootStatus, SpiffeId, TrustDomain,
     roots::unix_time, rotation::Shared,
 };
 
@@ -77,8 +77,27 @@ pub struct CertificateStatus {
     pub serial: String,
     pub not_before: Option<SystemTime>,
     pub not_after: Option<SystemTime>,
-    /// Last failure to fetch or renew, empty when the last try worked.
+    /// When the first certificate of its chain ends: it is not used any more from then on.
+    pub usable_until: Option<SystemTime>,
+    /// The intermediates on the way to the root, the issuer first.
+    pub intermediates: Vec<IssuerStatus>,
+    pub root: Option<IssuerStatus>,
+    /// When it came from the CA.
+    pub received: Option<SystemTime>,
+    /// Last failure to fetch or renew, empty when the last try worked; its stable name, and when it was.
     pub last_error: String,
+    pub last_reason: &'static str,
+    pub failed: Option<SystemTime>,
+    /// When it is fetched or renewed next, if nothing changes until then.
+    pub next_try: Option<SystemTime>,
+}
+
+/// Calls to the CA since the start.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FetchCounts {
+    pub under_way: usize,
+    /// By how they ended: `ok`, or the reason of the error.
+    pub ended: Vec<(&'static str, u64)>,
 }
 
 /// Certificates on this node. Cheap to clone; fetching and renewing end with the last clone.
@@ -157,6 +176,12 @@ impl Certificates {
         self.shared.list()
     }
 
+    /// Calls to the CA.
+    #[must_use]
+    pub fn fetches(&self) -> FetchCounts {
+        self.shared.fetches()
+    }
+
     /// The roots that peers are verified with now.
     #[must_use]
     pub fn roots(&self) -> Vec<RootStatus> {
@@ -186,7 +211,7 @@ impl Certificates {
     #[must_use]
     pub fn nearest_expiry(&self) -> Option<Duration> {
         let now = SystemTime::now();
-        let leaves = self.list().into_iter().filter_map(|status| status.not_after);
+        let leaves = self.list().into_iter().filter_map(|status| status.usable_until);
         let roots = self.roots().into_iter().map(|root| root.not_after);
         leaves.chain(roots).min().map(|at| at.duration_since(now).unwrap_or_default())
     }

@@ -1,31 +1,32 @@
-//! One call to the CA: a fresh key, a request for one identity, and a distrustful look at the answer.
+//! One call to the CA: a fresh key, and a request for one identity. What comes back is for `answer` to judge.
 //!
-//! Source: the Istio CA API (`istio.v1.auth.IstioCertificateService`). What it answers is used only if it chains to the
-//! mesh's roots and carries exactly the identity asked for and the key just made.
+//! Source: the Istio CA API (`istio.v1.auth.IstioCertificateService`), as heddle's own CA, istiod and cert-manager's istio-csr
+//! serve it.
 
 use std::{
     collections::BTreeMap,
+    fmt,
     path::PathBuf,
+    str::FromStr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use prost_types::{Struct, Value, value::Kind};
-use rustls::sign::CertifiedKey;
-use rustls_pki_types::{CertificateDer, pem::PemObject};
 use tonic::{
     Code, Request, Status,
-    metadata::{Ascii, MetadataValue},
+    metadata::{Ascii, MetadataKey, MetadataValue},
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint},
 };
 use zeroize::Zeroizing;
 
 use super::{
-    IMPERSONATED_IDENTITY, PeerError, SpiffeId, TrustDomain,
+    CERT_SIGNER, IMPERSONATED_IDENTITY, PeerError, SpiffeId, TrustDomain,
+    answer::{Held, check},
     key::WorkloadKey,
     proto::{IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient},
-    roots::{RootsError, TrustBundle, is_root, read_capped, span, unix_time},
-    verify::{spiffe_id, tls_reason},
+    roots::{RootsError, TrustBundle, read_capped},
+    schedule::Outcome,
 };
 use crate::life::limits;
 
@@ -42,9 +43,56 @@ pub struct CaClientConfig {
     pub token_file: PathBuf,
     /// Sent as `clusterid`.
     pub cluster_id: String,
+    /// Sent as `CertSigner` in the request's metadata: which of its signers an istiod shall ask.
+    pub cert_signer: Option<String>,
+    /// Sent beside our own, such as what a gateway before the CA asks for.
+    pub headers: Vec<CaHeader>,
     pub trust_domain: TrustDomain,
     /// Lifetime asked for.
     pub lifetime: Duration,
+}
+
+/// A header of each call, from `NAME=VALUE`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct CaHeader {
+    name: MetadataKey<Ascii>,
+    value: MetadataValue<Ascii>,
+}
+
+/// The value may be a secret.
+impl fmt::Debug for CaHeader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CaHeader").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// Why a text is no header of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum CaHeaderError {
+    #[error("has no = between name and value")]
+    NoValue,
+    #[error("has a name that no header has")]
+    Name,
+    #[error("has a name that heddle or gRPC sets itself")]
+    Taken,
+    #[error("has a value that no header has")]
+    Value,
+}
+
+impl FromStr for CaHeader {
+    type Err = CaHeaderError;
+
+    fn from_str(text: &str) -> Result<Self, CaHeaderError> {
+        const TAKEN: [&str; 6] = ["authorization", "clusterid", "content-type", "te", "user-agent", "host"];
+        let (name, value) = text.split_once('=').ok_or(CaHeaderError::NoValue)?;
+        let name = MetadataKey::<Ascii>::from_str(name.trim()).map_err(|_| CaHeaderError::Name)?;
+        if TAKEN.contains(&name.as_str()) || name.as_str().starts_with("grpc-") {
+            return Err(CaHeaderError::Taken);
+        }
+        let mut value = MetadataValue::try_from(value.trim()).map_err(|_| CaHeaderError::Value)?;
+        value.set_sensitive(true);
+        Ok(Self { name, value })
+    }
 }
 
 /// Why a fetch gave no certificate.
@@ -60,6 +108,8 @@ pub enum FetchError {
     Key(String),
     #[error("fetch broke off: {0}")]
     Internal(String),
+    #[error("no pod needs it any more")]
+    Abandoned,
     #[error("CA unreachable: {0}")]
     Unreachable(String),
     #[error("CA did not answer within {0:?}")]
@@ -86,6 +136,7 @@ impl FetchError {
             Self::Token(..) => "token_unreadable",
             Self::Key(_) => "key",
             Self::Internal(_) => "internal",
+            Self::Abandoned => "abandoned",
             Self::Unreachable(_) => "ca_unreachable",
             Self::Timeout(_) => "ca_timeout",
             Self::Refused(_) => "ca_refused",
@@ -96,24 +147,15 @@ impl FetchError {
         }
     }
 
-    /// It says something of the way to the CA, not of this identity.
-    pub(super) fn unreachable(&self) -> bool {
-        matches!(self, Self::Roots(_) | Self::Token(..) | Self::Unreachable(_) | Self::Timeout(_))
-    }
-}
-
-/// A certificate with its key, checked.
-#[derive(Debug)]
-pub(super) struct Held {
-    pub certified: Arc<CertifiedKey>,
-    pub serial: String,
-    pub not_before: SystemTime,
-    pub not_after: SystemTime,
-}
-
-impl Held {
-    pub fn valid(&self, now: SystemTime) -> bool {
-        now < self.not_after
+    /// What it means for the next tries.
+    pub(super) fn outcome(&self) -> Outcome {
+        match self {
+            // Of the way to the CA, not of this identity.
+            Self::Roots(_) | Self::Token(..) | Self::Unreachable(_) | Self::Timeout(_) => Outcome::Unreachable,
+            Self::Chain(_) | Self::Untrusted(_) | Self::Identity(_) | Self::OtherKey => Outcome::Unusable,
+            Self::Abandoned => Outcome::Abandoned,
+            Self::Address(..) | Self::Key(_) | Self::Internal(_) | Self::Refused(_) => Outcome::Refused,
+        }
     }
 }
 
@@ -152,7 +194,7 @@ impl CaClient {
             .max_encoding_message_size(limits::CA_REQUEST_BYTES);
         let answer = client.create_certificate(self.request(identity, csr)?).await.map_err(|status| {
             let error = refusal(&status);
-            if error.unreachable() {
+            if error.outcome() == Outcome::Unreachable {
                 self.hang_up();
             }
             error
@@ -163,12 +205,17 @@ impl CaClient {
     }
 
     fn request(&self, identity: &SpiffeId, csr: String) -> Result<Request<IstioCertificateRequest>, FetchError> {
-        let name = Value { kind: Some(Kind::StringValue(identity.as_str().to_owned())) };
+        let text = |text: &str| Value { kind: Some(Kind::StringValue(text.to_owned())) };
+        let mut fields = BTreeMap::from([(IMPERSONATED_IDENTITY.to_owned(), text(identity.as_str()))]);
+        fields.extend(self.config.cert_signer.as_deref().map(|signer| (CERT_SIGNER.to_owned(), text(signer))));
         let mut request = Request::new(IstioCertificateRequest {
             csr,
             validity_duration: i64::try_from(self.config.lifetime.as_secs()).unwrap_or(i64::MAX),
-            metadata: Some(Struct { fields: BTreeMap::from([(IMPERSONATED_IDENTITY.to_owned(), name)]) }),
+            metadata: Some(Struct { fields }),
         });
+        for CaHeader { name, value } in &self.config.headers {
+            request.metadata_mut().append(name.clone(), value.clone());
+        }
         request.metadata_mut().insert("authorization", self.token()?);
         if let Ok(cluster) = self.config.cluster_id.parse::<MetadataValue<Ascii>>() {
             request.metadata_mut().insert("clusterid", cluster);
@@ -236,58 +283,17 @@ impl CaClient {
 fn refusal(status: &Status) -> FetchError {
     let mut text = status.to_string();
     let mut source = std::error::Error::source(status);
+    // A status with a cause was made here, from a connection that broke: the CA said nothing.
+    let ours = source.is_some();
     while let Some(error) = source {
         text = format!("{text}: {error}");
         source = error.source();
     }
     match status.code() {
+        _ if ours => FetchError::Unreachable(text),
         Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown | Code::ResourceExhausted => {
             FetchError::Unreachable(text)
         }
         _ => FetchError::Refused(text),
     }
-}
-
-/// The answer as a certificate for `identity` with our key, and the roots that it ends with.
-pub(super) fn check(
-    chain: &[String],
-    identity: &SpiffeId,
-    key: WorkloadKey,
-    bundle: &TrustBundle,
-    now: SystemTime,
-) -> Result<(Held, Vec<CertificateDer<'static>>), FetchError> {
-    let (presented, roots) = split(chain)?;
-    let (leaf, intermediates) = presented.split_first().ok_or_else(|| FetchError::Chain("it is empty".to_owned()))?;
-    let trusted = bundle.with_answer(&roots);
-    let untrusted = |error: rustls::Error| FetchError::Untrusted(tls_reason(&error));
-    trusted.verify_server(leaf, intermediates, unix_time(now)).map_err(untrusted)?;
-    trusted.verify_client(leaf, intermediates, unix_time(now)).map_err(untrusted)?;
-    let presented_id = spiffe_id(leaf)?;
-    if presented_id != *identity {
-        return Err(PeerError::WrongIdentity { expected: identity.clone(), presented: presented_id }.into());
-    }
-    let (serial, not_before, not_after) =
-        span(leaf).ok_or_else(|| FetchError::Chain("the leaf can't be parsed".to_owned()))?;
-    let signing = key.into_signing_key().map_err(|error| FetchError::Key(error.to_string()))?;
-    let certified = CertifiedKey::new(presented, signing);
-    certified.keys_match().map_err(|_| FetchError::OtherKey)?;
-    Ok((Held { certified: Arc::new(certified), serial, not_before, not_after }, roots))
-}
-
-/// What is presented to peers (leaf and intermediates), and the roots at the end.
-type Split = (Vec<CertificateDer<'static>>, Vec<CertificateDer<'static>>);
-
-fn split(chain: &[String]) -> Result<Split, FetchError> {
-    let mut certificates = Vec::new();
-    for entry in chain {
-        for certificate in CertificateDer::pem_slice_iter(entry.as_bytes()) {
-            certificates.push(certificate.map_err(|error| FetchError::Chain(error.to_string()))?);
-        }
-    }
-    if certificates.len() > limits::CHAIN_CERTIFICATES {
-        return Err(FetchError::Chain(format!("it has {} certificates", certificates.len())));
-    }
-    let roots = certificates.iter().skip(1).position(is_root).map_or(certificates.len(), |at| at + 1);
-    let rest = certificates.split_off(roots.min(certificates.len()));
-    Ok((certificates, rest.into_iter().filter(is_root).collect()))
 }

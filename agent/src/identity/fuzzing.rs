@@ -9,7 +9,7 @@ use std::{
 use rustls_pki_types::CertificateDer;
 
 use super::{
-    SpiffeId, TrustDomain, TrustDomains, ca, client,
+    SpiffeId, TrustDomain, TrustDomains, answer, ca,
     key::WorkloadKey,
     peer_identity,
     revocation::Lists,
@@ -88,8 +88,8 @@ pub fn ca_answer(data: &[u8]) {
         return;
     };
     let bundle = TrustBundle::new(PathBuf::from("/nonexistent"));
-    let answer = client::check(&chain, &id, key, &bundle, SystemTime::now());
-    let error = match answer {
+    let judged = answer::check(&chain, &id, key, &bundle, SystemTime::now());
+    let error = match judged {
         Ok(_) => unreachable!("a certificate for a key that was made just now"),
         Err(error) => error,
     };

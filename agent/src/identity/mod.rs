@@ -5,10 +5,11 @@
 //! - [`SpiffeId`] is parsed once and compared by bytes
 //! - `verify` decides whether a peer is who it must be, with `roots` as the anchors of trust and `revocation` for what counts
 //!   no more
-//! - `client` asks the CA for a certificate, `schedule` says when, `rotation` does it
+//! - `client` asks the CA for a certificate, `answer` judges what comes, `schedule` says when, `rotation` does it
 //! - [`Certificates`] is what the tunnel sees of all that
 //! - [`ca`] is the CA that is built in
 
+mod answer;
 pub mod ca;
 mod certificates;
 mod client;
@@ -23,8 +24,9 @@ mod spiffe;
 mod tls;
 mod verify;
 
-pub use certificates::{CertificateStatus, Certificates, IdentityError, TrustConfig, TrustReport};
-pub use client::{CaClientConfig, FetchError};
+pub use answer::IssuerStatus;
+pub use certificates::{CertificateStatus, Certificates, FetchCounts, IdentityError, TrustConfig, TrustReport};
+pub use client::{CaClientConfig, CaHeader, CaHeaderError, FetchError};
 pub use revocation::{CrlConfig, CrlError, CrlFailure, CrlFault, CrlStatus, ListStatus};
 pub use roots::{BundleError, RootStatus, RootsError};
 pub use spiffe::{SpiffeError, SpiffeId, TrustDomain, TrustDomains};
@@ -38,6 +40,8 @@ mod proto {
 
 /// Request metadata key under which a node names the workload that it asks for.
 const IMPERSONATED_IDENTITY: &str = "ImpersonatedIdentity";
+/// And the one under which it names the signer that an istiod shall ask.
+const CERT_SIGNER: &str = "CertSigner";
 
 #[cfg(test)]
 mod tests;

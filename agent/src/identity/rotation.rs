@@ -4,7 +4,7 @@
 //! A certificate that can't be renewed stays until it expires; an expired one is never presented.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::SystemTime,
@@ -19,15 +19,17 @@ use rustls::{
 };
 use tokio::{
     sync::{Notify, watch},
-    task::{Id, JoinError, JoinSet},
+    task::{AbortHandle, Id, JoinError, JoinSet},
     time::{MissedTickBehavior, interval, sleep},
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    CaClientConfig, CertificateStatus, FetchError, IdentityError, RootStatus, SpiffeId, TrustDomain, TrustDomains,
+    CaClientConfig, CertificateStatus, FetchCounts, FetchError, IdentityError, RootStatus, SpiffeId, TrustDomain,
+    TrustDomains,
+    answer::Held,
     certificates::TrustConfig,
-    client::{CaClient, Held},
+    client::CaClient,
     revocation::{self, Revocation},
     roots::{BundleError, TrustBundle, unix_time},
     schedule::{Now, Outcome, Schedule, Ticket},
@@ -73,7 +75,13 @@ impl ResolvesClientCert for Own {
 pub(super) struct Entry {
     own: Arc<Own>,
     server: Arc<ServerConfig>,
-    last_error: Mutex<String>,
+    /// Of the last try, where that failed.
+    failure: Mutex<Option<Failure>>,
+}
+
+struct Failure {
+    error: FetchError,
+    at: SystemTime,
 }
 
 impl Entry {
@@ -85,8 +93,8 @@ impl Entry {
         self.own.certified().is_some()
     }
 
-    fn last_error(&self) -> MutexGuard<'_, String> {
-        self.last_error.lock().unwrap_or_else(PoisonError::into_inner)
+    fn failure(&self) -> MutexGuard<'_, Option<Failure>> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -101,6 +109,8 @@ pub(super) struct Shared {
     revocation: Option<Arc<Revocation>>,
     entries: ArcSwap<Entries>,
     schedule: Mutex<Schedule>,
+    /// How fetches ended, by reason.
+    counts: Mutex<BTreeMap<&'static str, u64>>,
     /// The schedule changed.
     poke: Notify,
     /// A certificate came, or the set changed: connections that wait look again.
@@ -139,6 +149,7 @@ impl Shared {
             revocation,
             entries: ArcSwap::default(),
             schedule: Mutex::new(Schedule::new(fastrand::Rng::new())),
+            counts: Mutex::default(),
             poke: Notify::new(),
             changes: watch::Sender::new(()),
             client_template: tls::client_config(Arc::new(servers), nobody.clone())?,
@@ -195,7 +206,7 @@ impl Shared {
         let own: Arc<Own> = Arc::default();
         let mut server = self.server_template.clone();
         server.cert_resolver = own.clone();
-        Entry { own, server: Arc::new(server), last_error: Mutex::default() }
+        Entry { own, server: Arc::new(server), failure: Mutex::default() }
     }
 
     /// Settings for one connection: a clone of the template (a dozen shared pointers) with the two ends filled in.
@@ -246,8 +257,10 @@ impl Shared {
         let Some(entry) = entries.get(own) else {
             return IdentityError::NotOurs(own.clone());
         };
-        let error = entry.last_error().clone();
-        let error = if error.is_empty() { "the CA has not answered yet".to_owned() } else { error };
+        let error = match &*entry.failure() {
+            Some(failure) => failure.error.to_string(),
+            None => "the CA has not answered yet".to_owned(),
+        };
         match entry.own.0.load().as_ref() {
             Some(_) => IdentityError::Expired(own.clone(), error),
             None => IdentityError::NotYet(own.clone(), error),
@@ -255,24 +268,37 @@ impl Shared {
     }
 
     pub fn list(&self) -> Vec<CertificateStatus> {
-        let mut list: Vec<_> = self
-            .entries
-            .load()
-            .iter()
-            .map(|(identity, entry)| {
-                let held = entry.own.0.load();
-                let held = held.as_ref();
-                CertificateStatus {
-                    identity: identity.clone(),
-                    serial: held.map(|held| held.serial.clone()).unwrap_or_default(),
-                    not_before: held.map(|held| held.not_before),
-                    not_after: held.map(|held| held.not_after),
-                    last_error: entry.last_error().clone(),
-                }
-            })
-            .collect();
+        let now = Now::read();
+        let schedule = self.schedule();
+        let entries = self.entries.load();
+        let status = |(identity, entry): (&SpiffeId, &Arc<Entry>)| {
+            let held = entry.own.0.load();
+            let held = held.as_ref();
+            let failure = entry.failure();
+            CertificateStatus {
+                identity: identity.clone(),
+                serial: held.map(|held| held.serial.clone()).unwrap_or_default(),
+                not_before: held.map(|held| held.not_before),
+                not_after: held.map(|held| held.not_after),
+                usable_until: held.map(|held| held.usable_until),
+                intermediates: held.map(|held| held.intermediates.clone()).unwrap_or_default(),
+                root: held.and_then(|held| held.root.clone()),
+                received: held.map(|held| held.received),
+                last_error: failure.as_ref().map(|failure| failure.error.to_string()).unwrap_or_default(),
+                last_reason: failure.as_ref().map_or("", |failure| failure.error.reason()),
+                failed: failure.as_ref().map(|failure| failure.at),
+                next_try: schedule.next_try(identity, now),
+            }
+        };
+        let mut list: Vec<_> = entries.iter().map(status).collect();
         list.sort_by(|a, b| a.identity.cmp(&b.identity));
         list
+    }
+
+    pub fn fetches(&self) -> FetchCounts {
+        let under_way = self.schedule().under_way();
+        let ended = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        FetchCounts { under_way, ended: ended.iter().map(|(reason, count)| (*reason, *count)).collect() }
     }
 
     pub fn serial(&self, identity: &SpiffeId) -> Option<String> {
@@ -291,28 +317,38 @@ impl Shared {
     /// A fetch ended. What it brought is dropped if the identity left the set meanwhile.
     fn finish(&self, identity: &SpiffeId, ticket: Ticket, result: Result<Held, FetchError>) {
         let now = Now::read();
+        self.count(&result);
         let mut schedule = self.schedule();
-        let entry = self.entries.load().get(identity).cloned();
         let outcome = match &result {
-            Ok(held) => Outcome::Held { until: held.not_after },
-            Err(error) if error.unreachable() => Outcome::Unreachable,
-            Err(_) => Outcome::Refused,
+            Ok(held) => Outcome::Held { until: held.usable_until, lifetime: held.lifetime() },
+            Err(error) => error.outcome(),
         };
+        let wanted = schedule.wants(identity, ticket);
         schedule.finished(identity, ticket, outcome, now);
-        let Some(entry) = entry else { return };
+        let Some(entry) = self.entries.load().get(identity).filter(|_| wanted).cloned() else { return };
         match result {
             Ok(held) => {
                 tracing::info!(%identity, serial = held.serial, not_after = %humantime::format_rfc3339_seconds(held.not_after), "Certificate received.");
-                entry.last_error().clear();
+                *entry.failure() = None;
                 entry.own.0.store(Some(Arc::new(held)));
                 drop(schedule);
                 self.changes.send_replace(());
             }
             Err(error) => {
                 tracing::warn!(%identity, reason = error.reason(), %error, still_valid = entry.usable(), "No certificate.");
-                *entry.last_error() = error.to_string();
+                *entry.failure() = Some(Failure { error, at: now.wall });
             }
         }
+    }
+
+    fn count(&self, result: &Result<Held, FetchError>) {
+        let reason = result.as_ref().map_or_else(FetchError::reason, |_| "ok");
+        *self.counts.lock().unwrap_or_else(PoisonError::into_inner).entry(reason).or_default() += 1;
+    }
+
+    /// Whether a fetch that is under way is still waited for.
+    fn wants(&self, identity: &SpiffeId, ticket: Ticket) -> bool {
+        self.schedule().wants(identity, ticket)
     }
 
     /// Notes how reading the bundle file went, and tells of each new problem once.
@@ -327,17 +363,19 @@ impl Shared {
     /// Certificates that peers with the bundle file of now won't trust are renewed at once.
     fn renew_untrusted(&self) {
         let roots = self.bundle.of_file();
-        let now = unix_time(SystemTime::now());
+        let wall = unix_time(SystemTime::now());
+        let untrusted = |entry: &Entry| {
+            entry.own.certified().is_some_and(|held| match held.cert.split_first() {
+                Some((leaf, intermediates)) => roots.verify_server(leaf, intermediates, wall).is_err(),
+                None => true,
+            })
+        };
+        let entries = self.entries.load();
+        let identities = entries.iter().filter(|(_, entry)| untrusted(entry)).map(|(identity, _)| identity.clone());
+        let (identities, now) = (identities.collect(), Now::read());
         let mut schedule = self.schedule();
-        for (identity, entry) in self.entries.load().iter() {
-            let trusted = entry.own.certified().is_none_or(|held| match held.cert.split_first() {
-                Some((leaf, intermediates)) => roots.verify_server(leaf, intermediates, now).is_ok(),
-                None => false,
-            });
-            if !trusted {
-                schedule.renew(identity);
-            }
-        }
+        schedule.trust_changed(now);
+        schedule.renew(&identities, now);
     }
 }
 
@@ -366,7 +404,7 @@ impl BundleWatch {
 /// Fetches and renews until `stop`.
 pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
     let mut fetches: JoinSet<Result<Held, FetchError>> = JoinSet::new();
-    let mut running: HashMap<Id, (SpiffeId, Ticket)> = HashMap::new();
+    let mut running: HashMap<Id, (SpiffeId, Ticket, AbortHandle)> = HashMap::new();
     let mut bundle = BundleWatch::default();
     let mut roots = interval(limits::BUNDLE_POLL);
     roots.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -379,8 +417,10 @@ pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
         for (identity, ticket) in starts {
             let (shared, asked) = (Arc::clone(&shared), identity.clone());
             let task = fetches.spawn(async move { shared.ca.fetch(&asked).await });
-            running.insert(task.id(), (identity, ticket));
+            running.insert(task.id(), (identity, ticket, task));
         }
+        // A key that nobody waits for any more must not wait for the CA.
+        running.values().filter(|(identity, ticket, _)| !shared.wants(identity, *ticket)).for_each(|run| run.2.abort());
         // The wall clock may be set at any time: look at it again at least this often.
         let idle = idle.unwrap_or(limits::BUNDLE_POLL).min(limits::BUNDLE_POLL);
         tokio::select! {
@@ -390,7 +430,7 @@ pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
             _ = roots.tick() => bundle.look(&shared),
             Some(ended) = fetches.join_next_with_id() => {
                 let (id, result) = outcome(ended);
-                if let Some((identity, ticket)) = running.remove(&id) {
+                if let Some((identity, ticket, _)) = running.remove(&id) {
                     shared.finish(&identity, ticket, result);
                 }
             }
@@ -401,6 +441,7 @@ pub(super) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
 fn outcome(ended: Result<(Id, Result<Held, FetchError>), JoinError>) -> (Id, Result<Held, FetchError>) {
     match ended {
         Ok(ended) => ended,
+        Err(error) if error.is_cancelled() => (error.id(), Err(FetchError::Abandoned)),
         Err(error) => (error.id(), Err(FetchError::Internal(error.to_string()))),
     }
 }

@@ -1,8 +1,8 @@
 //! When to ask the CA for which certificate. Pure: time goes in, identities to fetch come out.
 //!
-//! At most [`limits::FETCHES`] run at a time: first what a connection waits for, then first certificates, then renewals.
-//! A refusal backs off that identity. A CA that can't be reached is probed by one identity at a time, and when it is back
-//! the others are spread over some seconds, so that a node is neither late nor a herd.
+//! At most [`limits::FETCHES`] run at a time: first what a connection waits for, then first certificates, then renewals, of
+//! which the one that expires first. A refusal backs off that identity. A CA that can't be reached is probed by one identity at
+//! a time, and when it is back the others follow in that order over some seconds, so that a node is neither late nor a herd.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -41,12 +41,31 @@ pub(super) struct Ticket(u64);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// A certificate that lasts until then.
-    Held { until: SystemTime },
+    /// A certificate that lasts until then, and as long as that in all by its own dates.
+    Held { until: SystemTime, lifetime: Duration },
     /// No answer from the CA.
     Unreachable,
-    /// The CA, or our check of its answer, refused this identity.
+    /// The CA refused this identity.
     Refused,
+    /// The CA gave what we can't use: it will give no other at once, unless what we trust changes.
+    Unusable,
+    /// Nobody waits for it any more.
+    Abandoned,
+}
+
+/// When a certificate is renewed: by whichever clock says so first. A wall clock that is set back must not keep a certificate
+/// beyond its end, and the monotonic one stands still while the machine sleeps.
+#[derive(Clone, Copy, Debug)]
+struct Renewal {
+    wall: SystemTime,
+    monotonic: Instant,
+}
+
+impl Renewal {
+    fn wait(self, now: Now) -> Duration {
+        let wall = self.wall.duration_since(now.wall).unwrap_or_default();
+        wall.min(self.monotonic.saturating_duration_since(now.monotonic))
+    }
 }
 
 #[derive(Debug)]
@@ -55,19 +74,30 @@ struct Slot {
     /// Not before this.
     earliest: Instant,
     /// Not before this either.
-    renew_at: Option<SystemTime>,
+    renewal: Option<Renewal>,
+    /// When the certificate that it has ends.
+    until: Option<SystemTime>,
     refusals: u32,
+    /// The last answer was of no use.
+    unusable: bool,
     running: Option<Ticket>,
 }
 
 impl Slot {
     fn due(&self, now: Now) -> bool {
-        self.running.is_none() && self.earliest <= now.monotonic && self.renew_at.is_none_or(|at| at <= now.wall)
+        self.running.is_none() && self.wait(now).is_zero()
     }
 
     fn wait(&self, now: Now) -> Duration {
-        let renewal = self.renew_at.and_then(|at| at.duration_since(now.wall).ok()).unwrap_or_default();
+        let renewal = self.renewal.map(|renewal| renewal.wait(now)).unwrap_or_default();
         self.earliest.saturating_duration_since(now.monotonic).max(renewal)
+    }
+
+    /// What is smaller goes first. A certificate that has ended is as good as none.
+    fn urgency(&self, now: Now) -> (Class, SystemTime, Instant) {
+        let ended = self.until.is_none_or(|until| until <= now.wall);
+        let class = if ended { self.class.min(Class::WarmUp) } else { self.class };
+        (class, self.until.unwrap_or(SystemTime::UNIX_EPOCH), self.earliest)
     }
 }
 
@@ -76,6 +106,9 @@ impl Slot {
 struct Outage {
     tries: u32,
     probe_at: Instant,
+    /// When the last one began: pauses are counted from there, so that a probe that waits for an answer in vain makes the next
+    /// one no later.
+    probed: Instant,
     probe: Option<Ticket>,
 }
 
@@ -100,8 +133,10 @@ impl Schedule {
             self.slots.entry(identity.clone()).or_insert(Slot {
                 class: Class::WarmUp,
                 earliest: now.monotonic,
-                renew_at: None,
+                renewal: None,
+                until: None,
                 refusals: 0,
+                unusable: false,
                 running: None,
             });
         }
@@ -114,11 +149,43 @@ impl Schedule {
         }
     }
 
-    /// This identity's certificate is of no more use to its peers: renew it at the next turn.
-    pub fn renew(&mut self, identity: &SpiffeId) {
-        if let Some(slot) = self.slots.get_mut(identity) {
-            slot.renew_at = None;
+    /// Certificates of these identities are of no more use to their peers: they are renewed now, one after the other.
+    pub fn renew(&mut self, identities: &HashSet<SpiffeId>, now: Now) {
+        let slots = self.slots.iter_mut().filter(|(identity, _)| identities.contains(identity));
+        let slots: Vec<_> = slots.map(|(_, slot)| slot).filter(|slot| slot.refusals == 0).collect();
+        spread(slots, now, &mut self.random);
+    }
+
+    /// What we trust changed: answers that were of no use may be now.
+    pub fn trust_changed(&mut self, now: Now) {
+        for slot in self.slots.values_mut().filter(|slot| slot.unusable) {
+            slot.unusable = false;
+            slot.refusals = 0;
+            slot.earliest = now.monotonic;
         }
+    }
+
+    /// Whether this fetch is still waited for.
+    pub fn wants(&self, identity: &SpiffeId, ticket: Ticket) -> bool {
+        self.slots.get(identity).is_some_and(|slot| slot.running == Some(ticket))
+    }
+
+    /// Fetches under way.
+    pub fn under_way(&self) -> usize {
+        self.running.len()
+    }
+
+    /// When this identity is tried next, if nothing changes until then: now where its fetch is under way.
+    pub fn next_try(&self, identity: &SpiffeId, now: Now) -> Option<SystemTime> {
+        let slot = self.slots.get(identity)?;
+        let wait = match (&self.outage, slot.running) {
+            (_, Some(_)) => Duration::ZERO,
+            (None, None) => slot.wait(now),
+            (Some(outage), None) => {
+                slot.wait(now).max(outage.probe_at.saturating_duration_since(now.monotonic))
+            }
+        };
+        now.wall.checked_add(wait)
     }
 
     /// Identities whose fetch starts now.
@@ -131,7 +198,11 @@ impl Schedule {
             return Vec::new();
         }
         let mut due: Vec<_> = self.slots.iter_mut().filter(|(_, slot)| slot.due(now)).collect();
-        due.sort_by_key(|(_, slot)| (slot.class, slot.earliest));
+        match self.outage {
+            None => due.sort_by_key(|(_, slot)| slot.urgency(now)),
+            // Each is a probe in its turn: one that never gets an answer must not stand for all.
+            Some(_) => due.sort_by_key(|(_, slot)| slot.earliest),
+        }
         let mut started = Vec::new();
         for (identity, slot) in due.into_iter().take(room) {
             self.tickets += 1;
@@ -142,6 +213,7 @@ impl Schedule {
         }
         if let (Some(outage), Some((_, ticket))) = (&mut self.outage, started.first()) {
             outage.probe = Some(*ticket);
+            outage.probed = now.monotonic;
         }
         started
     }
@@ -150,26 +222,31 @@ impl Schedule {
         self.running.remove(&ticket);
         match outcome {
             Outcome::Unreachable => self.unreachable(ticket, now),
-            Outcome::Held { .. } | Outcome::Refused => self.reachable(now),
+            Outcome::Held { .. } | Outcome::Refused | Outcome::Unusable => self.reachable(now),
+            Outcome::Abandoned => self.release(ticket),
         }
         let Some(slot) = self.slots.get_mut(identity).filter(|slot| slot.running == Some(ticket)) else {
             return;
         };
         slot.running = None;
+        slot.unusable = outcome == Outcome::Unusable;
         match outcome {
-            Outcome::Held { until } => {
+            Outcome::Held { until, lifetime } => {
                 slot.class = Class::Renewal;
                 slot.refusals = 0;
-                slot.earliest = now.monotonic + limits::RENEWAL_PAUSE;
-                slot.renew_at = Some(renewal(now.wall, until, &mut self.random));
+                let pause = (lifetime / 8).clamp(limits::RENEWAL_PAUSE_MIN, limits::RENEWAL_PAUSE);
+                slot.earliest = now.monotonic + pause;
+                slot.until = Some(until);
+                slot.renewal = Some(renewal(now, until, &mut self.random));
             }
-            Outcome::Refused => {
-                let pause = backoff(slot.refusals, limits::FETCH_BACKOFF_MAX, &mut self.random);
+            Outcome::Refused | Outcome::Unusable => {
+                let first = if slot.unusable { limits::FETCH_UNUSABLE_MIN } else { limits::FETCH_BACKOFF_MIN };
+                let pause = backoff(slot.refusals, first, limits::FETCH_BACKOFF_MAX, &mut self.random);
                 slot.refusals = slot.refusals.saturating_add(1);
                 slot.earliest = now.monotonic + pause;
             }
             // The next probe is another identity's.
-            Outcome::Unreachable => slot.earliest = now.monotonic,
+            Outcome::Unreachable | Outcome::Abandoned => slot.earliest = now.monotonic,
         }
     }
 
@@ -185,12 +262,21 @@ impl Schedule {
     }
 
     fn unreachable(&mut self, ticket: Ticket, now: Now) {
-        let outage = self.outage.get_or_insert(Outage { tries: 0, probe_at: now.monotonic, probe: Some(ticket) });
+        let begins = Outage { tries: 0, probe_at: now.monotonic, probed: now.monotonic, probe: Some(ticket) };
+        let outage = self.outage.get_or_insert(begins);
         // Others that were under way when the outage began say nothing new.
         if outage.probe == Some(ticket) {
+            let pause = backoff(outage.tries, limits::FETCH_BACKOFF_MIN, limits::CA_PROBE_MAX, &mut self.random);
             outage.probe = None;
-            outage.probe_at = now.monotonic + backoff(outage.tries, limits::CA_PROBE_MAX, &mut self.random);
+            outage.probe_at = outage.probed + pause;
             outage.tries = outage.tries.saturating_add(1);
+        }
+    }
+
+    /// A probe that was given up says nothing: another identity takes its place.
+    fn release(&mut self, ticket: Ticket) {
+        if let Some(outage) = self.outage.as_mut().filter(|outage| outage.probe == Some(ticket)) {
+            outage.probe = None;
         }
     }
 
@@ -198,25 +284,32 @@ impl Schedule {
         if self.outage.take().is_none() {
             return;
         }
-        let waiting: Vec<_> =
-            self.slots.values_mut().filter(|slot| slot.class != Class::Needed && slot.due(now)).collect();
-        let count = u32::try_from(waiting.len()).unwrap_or(u32::MAX);
-        let spread = limits::RECOVERY_STEP.saturating_mul(count).min(limits::RECOVERY_SPREAD_MAX);
-        for slot in waiting {
-            slot.earliest = now.monotonic + spread.mul_f64(self.random.f64());
-        }
+        let waiting = self.slots.values_mut().filter(|slot| slot.class != Class::Needed && slot.due(now));
+        spread(waiting.collect(), now, &mut self.random);
+    }
+}
+
+/// Has these fetched from now on, the most urgent first, at a pace that is no herd.
+fn spread(mut slots: Vec<&mut Slot>, now: Now, random: &mut fastrand::Rng) {
+    slots.sort_by_key(|slot| slot.urgency(now));
+    let count = u32::try_from(slots.len()).unwrap_or(u32::MAX).max(1);
+    let step = limits::RECOVERY_STEP.min(limits::RECOVERY_SPREAD_MAX / count);
+    for (rank, slot) in (0_u32..).zip(slots) {
+        slot.renewal = None;
+        slot.earliest = now.monotonic + step * rank + step.mul_f64(random.f64());
     }
 }
 
 /// Half of what is left of the certificate, a tenth of that earlier or later. Counted from now, because `not_before` is
 /// backdated by as much as the CA likes.
-fn renewal(now: SystemTime, until: SystemTime, random: &mut fastrand::Rng) -> SystemTime {
-    let half = until.duration_since(now).unwrap_or_default() / 2;
-    now + half.mul_f64(0.9 + 0.2 * random.f64())
+fn renewal(now: Now, until: SystemTime, random: &mut fastrand::Rng) -> Renewal {
+    let half = until.duration_since(now.wall).unwrap_or_default() / 2;
+    let wait = half.mul_f64(0.9 + 0.2 * random.f64());
+    Renewal { wall: now.wall + wait, monotonic: now.monotonic + wait }
 }
 
-/// Doubled each time from [`limits::FETCH_BACKOFF_MIN`] up to `longest`, a fifth shorter or longer.
-fn backoff(failures: u32, longest: Duration, random: &mut fastrand::Rng) -> Duration {
-    let doubled = limits::FETCH_BACKOFF_MIN.saturating_mul(2_u32.saturating_pow(failures));
+/// Doubled each time from `first` up to `longest`, a fifth shorter or longer.
+fn backoff(failures: u32, first: Duration, longest: Duration, random: &mut fastrand::Rng) -> Duration {
+    let doubled = first.saturating_mul(2_u32.saturating_pow(failures));
     doubled.min(longest).mul_f64(0.8 + 0.4 * random.f64())
 }

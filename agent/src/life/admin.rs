@@ -3,6 +3,8 @@
 //!
 //! The types here are the JSON that `heddle status --json` and its like print.
 
+mod identity;
+
 use std::{
     fmt,
     fs::{self, DirBuilder, Permissions},
@@ -12,7 +14,6 @@ use std::{
     path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
-    time::SystemTime,
 };
 
 use axum::{
@@ -25,15 +26,16 @@ use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 
+pub use identity::{CertificateLine, IssuerLine, Trust, TrustProblemLine};
+
 use super::{
     http,
     lane::{PathFault, Switch},
     proof::{self, ProofError},
 };
 use crate::{
-    identity::CertificateStatus,
     policy::{Explained, Permit, Question, QuestionError, Request, Rulebook, decide},
-    telemetry::{LaneConnection, PodReport, direction_name, named, seconds_until, security_name},
+    telemetry::{LaneConnection, PodReport, direction_name, named, security_name},
     tunnel::{Connection, Direction, Flow},
 };
 
@@ -127,22 +129,6 @@ pub struct ConnectionLine {
     /// unknown) and segments sent again.
     pub rtt_microseconds: Option<u64>,
     pub retransmissions: Option<u64>,
-}
-
-/// One of `GET /certificates`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CertificateLine {
-    pub identity: String,
-    /// `valid`, `not_renewed` (valid, and the last try to renew it failed), `expired`, or `missing`.
-    pub state: String,
-    /// Lower-case hex; empty while there is none.
-    pub serial: String,
-    /// RFC 3339, empty while there is none.
-    pub not_before: String,
-    pub not_after: String,
-    /// Negative when it has expired.
-    pub seconds_left: Option<i64>,
-    pub last_error: String,
 }
 
 impl From<&PathFault> for PathLine {
@@ -244,35 +230,12 @@ impl ConnectionLine {
     }
 }
 
-impl CertificateLine {
-    pub(super) fn new(status: &CertificateStatus, now: SystemTime) -> Self {
-        let time = |time: Option<SystemTime>| {
-            time.map(|time| humantime::format_rfc3339_seconds(time).to_string()).unwrap_or_default()
-        };
-        let seconds_left = status.not_after.map(|end| seconds_until(end, now));
-        let state = match seconds_left {
-            None => "missing",
-            Some(left) if left <= 0 => "expired",
-            Some(_) if !status.last_error.is_empty() => "not_renewed",
-            Some(_) => "valid",
-        };
-        Self {
-            identity: status.identity.to_string(),
-            state: state.to_owned(),
-            serial: status.serial.clone(),
-            not_before: time(status.not_before),
-            not_after: time(status.not_after),
-            seconds_left,
-            last_error: status.last_error.clone(),
-        }
-    }
-}
-
 /// Where the answers come from.
 pub struct Answers {
     pub status: Box<dyn Fn() -> Status + Send + Sync>,
     pub connections: Box<dyn Fn() -> Vec<ConnectionLine> + Send + Sync>,
     pub certificates: Box<dyn Fn() -> Vec<CertificateLine> + Send + Sync>,
+    pub trust: Box<dyn Fn() -> Trust + Send + Sync>,
     pub explain: Box<dyn Fn(&Question) -> Explaining + Send + Sync>,
     pub prove: Box<dyn Fn(proof::Request) -> Proving + Send + Sync>,
 }
@@ -293,6 +256,7 @@ fn router(answers: Arc<Answers>) -> Router {
         .route("/status", get(status))
         .route("/connections", get(connections))
         .route("/certificates", get(async |State(answers): State<Arc<Answers>>| Json((answers.certificates)())))
+        .route("/trust", get(async |State(answers): State<Arc<Answers>>| Json((answers.trust)())))
         .route("/policy/explain", get(explain))
         .route("/proof", post(prove))
         .with_state(answers)

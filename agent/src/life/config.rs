@@ -7,7 +7,7 @@ use std::{net::SocketAddr, num::NonZero, path::PathBuf, sync::Arc, time::Duratio
 
 use super::limits;
 use crate::{
-    identity::{CrlConfig, CrlFailure, TrustDomain},
+    identity::{CaHeader, CrlConfig, CrlFailure, TrustDomain},
     telemetry::{Destination, Export, Format},
 };
 
@@ -67,6 +67,12 @@ pub struct Raw {
     /// Bearer token for the CA, read at each call.
     #[arg(long, env = "HEDDLE_CA_TOKEN_FILE", value_name = "FILE")]
     pub ca_token_file: PathBuf,
+    /// Signer that an istiod shall ask (CertSigner in the request's metadata) [default: none is named].
+    #[arg(long, env = "HEDDLE_CA_CERT_SIGNER", value_name = "NAME")]
+    pub ca_cert_signer: Option<String>,
+    /// Header of each call to the CA, NAME=VALUE; may be given again.
+    #[arg(long, env = "HEDDLE_CA_HEADER", value_name = "NAME=VALUE", hide_env_values = true)]
+    pub ca_header: Vec<String>,
     /// Lifetime to ask the CA for; certificates are renewed at half of it.
     #[arg(long, env = "HEDDLE_CERTIFICATE_LIFETIME", default_value = "1h", value_name = "DURATION")]
     pub certificate_lifetime: String,
@@ -128,6 +134,8 @@ pub struct Config {
     pub ca_name: Option<String>,
     pub ca_root: PathBuf,
     pub ca_token_file: PathBuf,
+    pub ca_cert_signer: Option<String>,
+    pub ca_headers: Vec<CaHeader>,
     pub certificate_lifetime: Duration,
     pub bpffs: PathBuf,
     pub admin_socket: PathBuf,
@@ -181,6 +189,11 @@ impl Raw {
                 .transpose()?,
             ca_root: self.ca_root,
             ca_token_file: self.ca_token_file,
+            ca_cert_signer: self
+                .ca_cert_signer
+                .map(|name| named("--ca-cert-signer", name, "leave it out, or give the name of a signer"))
+                .transpose()?,
+            ca_headers: self.ca_header.iter().map(|text| ca_header(text)).collect::<Result<_, _>>()?,
             certificate_lifetime: lifetime("--certificate-lifetime", &self.certificate_lifetime)?,
             bpffs: absolute("--bpffs", self.bpffs, "give an absolute path such as /sys/fs/bpf/heddle")?,
             admin_socket: socket(self.admin_socket)?,
@@ -274,6 +287,13 @@ fn ca_address(value: String) -> Result<String, ConfigError> {
         Ok(_) => return Ok(value),
     };
     Err(ConfigError::new("--ca-address", value, problem, FIX))
+}
+
+/// The value may be a secret: what is said of a header is its name.
+fn ca_header(text: &str) -> Result<CaHeader, ConfigError> {
+    let fix = "give NAME=VALUE in ASCII, such as x-tenant=shop; authorization and clusterid have flags of their own";
+    let name = text.split('=').next().unwrap_or_default();
+    text.parse().map_err(|error| ConfigError::new("--ca-header", name, error, fix))
 }
 
 fn spans(endpoint: Option<String>, ratio: &str) -> Result<Option<Export>, ConfigError> {

@@ -224,15 +224,21 @@ pub const TRUST_DOMAIN_ALIASES: usize = 16;
 pub const TOKEN_BYTES: u64 = 64 << 10;
 /// Certificates in the CA's answer (certificates): a leaf, some intermediates, the roots of a rotation.
 pub const CHAIN_CERTIFICATES: usize = 16;
-/// Longest pause between two probes of a CA that can't be reached (duration), before jitter: a certificate is renewed
-/// within 5 s of its return.
-pub const CA_PROBE_MAX: Duration = Duration::from_secs(4);
+/// First pause after a CA's answer that is of no use (duration), before jitter: the CA's clock, root or policy differs from
+/// ours, and asking again soon changes nothing.
+pub const FETCH_UNUSABLE_MIN: Duration = Duration::from_secs(15);
+/// Longest pause between the beginnings of two probes of a CA that can't be reached (duration), before jitter: a certificate is
+/// renewed within 5 s of its return.
+pub const CA_PROBE_MAX: Duration = Duration::from_secs(3);
 /// After an outage the identities that wait are spread over this much each, and this much together (duration).
-pub const RECOVERY_STEP: Duration = Duration::from_millis(20);
-pub const RECOVERY_SPREAD_MAX: Duration = Duration::from_secs(10);
-/// Shortest time between two fetches of one identity that both worked (duration): a clock that jumps, or a CA with
-/// absurd lifetimes, makes no storm.
-pub const RENEWAL_PAUSE: Duration = Duration::from_secs(1);
+pub const RECOVERY_STEP: Duration = Duration::from_millis(25);
+pub const RECOVERY_SPREAD_MAX: Duration = Duration::from_secs(12);
+/// Shortest time between two fetches of one identity that both worked (duration): an eighth of what the certificate lasts, but
+/// neither more nor less than this. A clock that jumps, or a CA with absurd lifetimes, makes no storm.
+pub const RENEWAL_PAUSE: Duration = Duration::from_secs(10);
+pub const RENEWAL_PAUSE_MIN: Duration = Duration::from_secs(1);
+/// From how long before the end of a root or intermediate on `heddle check` warns (duration): a rotation of roots takes people days.
+pub const ISSUER_WARNING: Duration = Duration::from_secs(30 * 24 * 3_600);
 /// Largest certificate request and largest gRPC request around it (bytes). A P-256 request is 400 bytes.
 pub const CSR_BYTES: usize = 8 << 10;
 pub const CA_REQUEST_BYTES: usize = 16 << 10;

@@ -16,7 +16,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    admin::{AdminError, Answers, CertificateLine, ConnectionLine, PathLine, PodLine, Socket, Status},
+    admin::{AdminError, Answers, CertificateLine, ConnectionLine, PathLine, PodLine, Socket, Status, Trust},
     budget::{Budget, Machine, memory_available},
     config::{self, Config},
     crl,
@@ -35,7 +35,7 @@ use crate::{
     cluster::{self, SourceError},
     identity::{CaClientConfig, Certificates, IdentityError, TrustConfig},
     policy::{self, Rulebook},
-    telemetry::{AccessLog, Destination, PodReport, Sources, Telemetry, TelemetryError},
+    telemetry::{AccessLog, Destination, IdentityReport, PodReport, Sources, Telemetry, TelemetryError},
     tunnel::{Context, Observer, Quiet, Registry},
 };
 
@@ -110,11 +110,21 @@ pub fn install_crypto() -> Result<(), StartError> {
     rustls::crypto::aws_lc_rs::default_provider().install_default().map_err(|_| StartError::Crypto)
 }
 
+/// Keeps this process' memory to itself: no core dump, and no `ptrace` or `/proc/<pid>/mem` for others of the same user. To be
+/// called before there is a key in it.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn protect_memory() -> Result<(), StartError> {
+    let refused = |error: nix::Error| StartError::System("can't make memory undumpable", error.into());
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(refused)?;
+    prctl::set_dumpable(false).map_err(refused)
+}
+
 /// Gives the limit of open files.
 fn prepare_process() -> Result<u64, StartError> {
     install_crypto()?;
-    // Keys are in this memory: no core dumps, no ptrace by others of the same user.
-    prctl::set_dumpable(false).map_err(|error| StartError::System("can't make memory undumpable", error.into()))?;
+    protect_memory()?;
     // A relayed connection is two descriptors, and 1,024 is what many systems start with.
     let limits = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
@@ -167,6 +177,8 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
         root_certificate: config.ca_root.clone(),
         token_file: config.ca_token_file.clone(),
         cluster_id: config.cluster_id.to_string(),
+        cert_signer: config.ca_cert_signer.clone(),
+        headers: config.ca_headers.clone(),
         trust_domain: config.trust_domain.clone(),
         lifetime: config.certificate_lifetime,
     };
@@ -322,7 +334,14 @@ impl Known {
             lane_lost: Box::new(move || lost.events_lost()),
             verdicts: Box::new(move || decisions.report().counts),
             pods: Box::new(move || Self::pods(&capture, &pods)),
-            certificates: Box::new(move || certificates.certificates.list()),
+            identity: Box::new(move || {
+                let certificates = &certificates.certificates;
+                IdentityReport {
+                    certificates: certificates.list(),
+                    roots: certificates.roots(),
+                    fetches: certificates.fetches(),
+                }
+            }),
             trust: Box::new(move || trust.trust()),
             sessions: Arc::clone(self.context.registry.sessions()),
             manifest_problems: Box::new(move || problems.borrow().len()),
@@ -337,6 +356,7 @@ impl Known {
 
     fn answers(self) -> Answers {
         let (live, certificates) = (self.context.registry.clone(), self.context.certificates.clone());
+        let trusting = certificates.clone();
         let (lane, telemetry) = (self.context.capture.lane(), Arc::clone(&self.telemetry));
         let rules = Arc::clone(&self.context.rules);
         let (explained, proving, known) = (self.context.clone(), self.context.clone(), self.pods.clone());
@@ -358,6 +378,9 @@ impl Known {
                     certificates.list().iter().map(|status| CertificateLine::new(status, now)).collect();
                 lines.sort_by(|one, other| one.identity.cmp(&other.identity));
                 lines
+            }),
+            trust: Box::new(move || {
+                Trust::new(&trusting.roots(), &trusting.trust(), std::time::SystemTime::now())
             }),
             explain: Box::new(move |question| {
                 let Context { cluster, rules, certificates, .. } = &explained;

@@ -6,7 +6,7 @@ use std::{
     collections::{HashMap, HashSet},
     fmt,
     sync::{Arc, Mutex, PoisonError},
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime},
 };
 
 use prometheus::{
@@ -15,6 +15,7 @@ use prometheus::{
 };
 
 use super::{
+    certificates::{self, IdentityReport},
     families::{as_f64, counter, family, gauge, label},
     lane::{Health, LaneTable},
     pods::{PodReport, named},
@@ -25,7 +26,7 @@ use super::{
 };
 use crate::{
     cluster::PolicyKind,
-    identity::{CertificateStatus, TrustReport},
+    identity::TrustReport,
     life::{budget::Budget, limits},
     policy::{Action, Denial, Effect, Rehearsal},
     tunnel::{Connection, Direction, PoolCounts, Security, Sessions},
@@ -41,7 +42,8 @@ pub struct Sources {
     /// What the kernel lane's decisions come to.
     pub verdicts: Box<dyn Fn() -> VerdictCounts + Send + Sync>,
     pub pods: Box<dyn Fn() -> Vec<PodReport> + Send + Sync>,
-    pub certificates: Box<dyn Fn() -> Vec<CertificateStatus> + Send + Sync>,
+    /// Certificates, roots and calls to the CA.
+    pub identity: Box<dyn Fn() -> IdentityReport + Send + Sync>,
     /// What is wrong with what peers are verified with, and what revocation ended.
     pub trust: Box<dyn Fn() -> TrustReport + Send + Sync>,
     pub sessions: Arc<Sessions>,
@@ -191,7 +193,7 @@ impl Metrics {
         families.extend(verdicts::families(&(sources.verdicts)()));
         families.extend(process::runtime_families());
         families.extend(policy_family(&(sources.policy_problems)()));
-        families.extend(certificate_family(&(sources.certificates)()));
+        families.extend(certificates::families(&(sources.identity)()));
         families.extend(revocation::families(&(sources.trust)(), sources.sessions.ended()));
         families.extend(build_families());
         let single = [
@@ -340,15 +342,6 @@ fn pod_families(pods: &[PodReport]) -> impl Iterator<Item = MetricFamily> {
     ]
     .into_iter()
     .flatten()
-}
-
-fn certificate_family(certificates: &[CertificateStatus]) -> Option<MetricFamily> {
-    let rows = certificates.iter().filter_map(|certificate| {
-        let expiry = certificate.not_after?.duration_since(UNIX_EPOCH).ok()?;
-        Some(gauge(vec![label("identity", certificate.identity.as_str())], expiry.as_secs_f64()))
-    });
-    let help = "When the certificate in use expires, in seconds since the epoch.";
-    family("heddle_certificate_expiry_timestamp_seconds", help, MetricType::GAUGE, rows.collect())
 }
 
 /// A row per kind and effect, zeros included, so that an alert has something to compare.

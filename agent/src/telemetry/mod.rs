@@ -3,6 +3,7 @@
 //! After the tunnel, which tells of each connection's start and end. It never decides about traffic and never makes it wait.
 
 mod access_log;
+mod certificates;
 mod families;
 mod labels;
 mod lane;
@@ -27,6 +28,7 @@ use std::{
 };
 
 pub use access_log::{AccessLog, Destination, Format, Record, response_flags};
+pub use certificates::IdentityReport;
 pub use lane::{Around, Lane, LaneConnection, LaneTable};
 pub use metrics::{Sources, direction_name, seconds_until, security_name};
 pub use pods::{PodReport, named};

@@ -14,6 +14,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    certificates::IdentityReport,
     AccessLog, Format, PodReport, Record, Sources, Telemetry, VerdictCounts,
     metrics::Metrics,
     traffic::{NO_FLAGS, Traffic},
@@ -21,7 +22,7 @@ use super::{
 use crate::{
     capture::{PodState, TcpHealth},
     cluster::{Locality, Naming, PolicyKind, Service, Workload},
-    identity::{CertificateStatus, TrustReport},
+    identity::{CertificateStatus, FetchCounts, IssuerStatus, RootStatus, TrustReport},
     life::budget::{Budget, Machine, Refusal},
     policy::{Action, Denial, Effect, Rehearsal},
     tunnel::{Connection, Direction, End, Flow, Observer, Security, Trace, Wire},
@@ -343,15 +344,7 @@ pub(super) fn sources(live: Vec<Arc<Connection>>) -> Sources {
             let place_unknown = PodState::Uncaptured { reason: "place_unknown", detail: "nobody knows".to_owned() };
             vec![pod("one", PodState::Captured), pod("two", place_unknown)]
         }),
-        certificates: Box::new(|| {
-            vec![CertificateStatus {
-                identity: "spiffe://cluster.local/ns/shop/sa/server".parse().unwrap(),
-                serial: "01".to_owned(),
-                not_before: Some(UNIX_EPOCH),
-                not_after: Some(UNIX_EPOCH + Duration::from_secs(1_000)),
-                last_error: String::new(),
-            }]
-        }),
+        identity: Box::new(identity),
         trust: Box::new(TrustReport::default),
         sessions: Arc::default(),
         manifest_problems: Box::new(|| 2),
@@ -360,6 +353,64 @@ pub(super) fn sources(live: Vec<Arc<Connection>>) -> Sources {
         policy_gaps: Box::new(|| 1),
         budget: budget(),
     }
+}
+
+fn identity() -> IdentityReport {
+    let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
+    let issuer =
+        |name: &str, end| IssuerStatus { subject: format!("CN={name}"), serial: "0a".to_owned(), not_after: at(end) };
+    let server = CertificateStatus {
+        identity: "spiffe://cluster.local/ns/shop/sa/server".parse().unwrap(),
+        serial: "01".to_owned(),
+        not_before: Some(UNIX_EPOCH),
+        not_after: Some(at(2_000)),
+        usable_until: Some(at(1_000)),
+        intermediates: vec![issuer("middle", 1_000)],
+        root: Some(IssuerStatus { serial: "0b".to_owned(), ..issuer("root", 3_000) }),
+        received: Some(at(500)),
+        last_error: String::new(),
+        last_reason: "",
+        failed: None,
+        next_try: None,
+    };
+    let waits = CertificateStatus {
+        identity: "spiffe://cluster.local/ns/shop/sa/waits".parse().unwrap(),
+        serial: String::new(),
+        usable_until: None,
+        received: None,
+        intermediates: Vec::new(),
+        root: None,
+        last_error: "CA unreachable: x".to_owned(),
+        last_reason: "ca_unreachable",
+        ..server.clone()
+    };
+    // A second certificate of the same intermediate makes no second row of it.
+    let other =
+        CertificateStatus { identity: "spiffe://cluster.local/ns/shop/sa/other".parse().unwrap(), ..server.clone() };
+    IdentityReport {
+        certificates: vec![server, waits, other],
+        roots: vec![RootStatus { subject: "CN=root".to_owned(), serial: "0b".to_owned(), not_after: at(3_000) }],
+        fetches: FetchCounts { under_way: 2, ended: vec![("ca_unreachable", 3), ("ok", 4)] },
+    }
+}
+
+#[test]
+fn a_scrape_tells_of_every_certificate_root_and_call_to_the_ca() {
+    let metrics = Metrics::new("Kubernetes".into()).unwrap();
+    let text = metrics.scrape(&sources(Vec::new()), 0, vec![], Instant::now()).unwrap();
+    for line in [
+        "heddle_certificate_expiry_timestamp_seconds{identity=\"spiffe://cluster.local/ns/shop/sa/server\",serial=\"01\",root_serial=\"0b\"} 1000",
+        "heddle_certificate_received_timestamp_seconds{identity=\"spiffe://cluster.local/ns/shop/sa/server\"} 500",
+        "heddle_certificate_failing{identity=\"spiffe://cluster.local/ns/shop/sa/waits\",reason=\"ca_unreachable\"} 1",
+        "heddle_certificate_fetches_total{result=\"ca_unreachable\"} 3",
+        "heddle_certificate_fetches_total{result=\"ok\"} 4",
+        "heddle_certificate_fetches_under_way 2",
+        "heddle_trust_intermediate_expiry_timestamp_seconds{subject=\"CN=middle\",serial=\"0a\"} 1000",
+        "heddle_trust_root_expiry_timestamp_seconds{subject=\"CN=root\",serial=\"0b\"} 3000",
+    ] {
+        assert_eq!(text.lines().filter(|found| *found == line).count(), 1, "{line}\n{text}");
+    }
+    assert!(!text.contains("failing{identity=\"spiffe://cluster.local/ns/shop/sa/server\""), "{text}");
 }
 
 #[test]

@@ -346,6 +346,8 @@ async fn an_intermediate_issues_with_its_chain() {
         root_certificate: path("root.pem"),
         token_file: path("token"),
         cluster_id: "Kubernetes".to_owned(),
+        cert_signer: None,
+        headers: Vec::new(),
         trust_domain: trust_domain(),
         lifetime: HOUR,
     })

@@ -6,7 +6,7 @@ use tokio::time::sleep;
 use super::support::{Leaf, Mesh, TestRoot, handshake, id, within};
 use crate::identity::{
     Certificates, FetchError, IdentityError, SpiffeId,
-    client::check,
+    answer::check,
     handshake_reason,
     key::WorkloadKey,
     roots::{TrustBundle, hex},

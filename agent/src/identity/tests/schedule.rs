@@ -28,6 +28,10 @@ fn after(now: Now, time: Duration) -> Now {
 
 const HOUR: Duration = Duration::from_secs(3_600);
 
+fn held(now: Now) -> Outcome {
+    Outcome::Held { until: now.wall + HOUR, lifetime: HOUR }
+}
+
 #[test]
 fn no_more_than_the_limit_is_fetched_at_a_time() {
     let (mut schedule, now) = schedule(20);
@@ -35,7 +39,7 @@ fn no_more_than_the_limit_is_fetched_at_a_time() {
     assert_eq!(first.len(), limits::FETCHES);
     assert!(schedule.start(now).is_empty());
     assert_eq!(schedule.idle(now), None);
-    schedule.finished(&first[0].0, first[0].1, Outcome::Held { until: now.wall + HOUR }, now);
+    schedule.finished(&first[0].0, first[0].1, held(now), now);
     assert_eq!(schedule.start(now).len(), 1);
 }
 
@@ -43,7 +47,7 @@ fn no_more_than_the_limit_is_fetched_at_a_time() {
 fn a_waiting_connection_goes_before_warm_up_and_that_before_renewal() {
     let (mut schedule, now) = schedule(1);
     let (renewing, ticket) = schedule.start(now).remove(0);
-    schedule.finished(&renewing, ticket, Outcome::Held { until: now.wall + HOUR }, now);
+    schedule.finished(&renewing, ticket, held(now), now);
     let mut all = ids(20);
     all.insert(renewing.clone());
     let later = after(now, HOUR);
@@ -57,7 +61,7 @@ fn a_waiting_connection_goes_before_warm_up_and_that_before_renewal() {
             break;
         }
         for (id, ticket) in started {
-            schedule.finished(&id, ticket, Outcome::Held { until: later.wall + HOUR }, later);
+            schedule.finished(&id, ticket, held(later), later);
             order.push(id);
         }
     }
@@ -70,7 +74,7 @@ fn a_waiting_connection_goes_before_warm_up_and_that_before_renewal() {
 fn renewal_comes_at_half_of_what_is_left_with_jitter() {
     let (mut schedule, now) = schedule(8);
     for (id, ticket) in schedule.start(now) {
-        schedule.finished(&id, ticket, Outcome::Held { until: now.wall + HOUR }, now);
+        schedule.finished(&id, ticket, held(now), now);
     }
     assert!(schedule.start(after(now, HOUR.mul_f64(0.449))).is_empty());
     let idle = schedule.idle(now).unwrap();
@@ -83,21 +87,22 @@ fn renewal_comes_at_half_of_what_is_left_with_jitter() {
 fn a_clock_that_jumps_makes_one_request_not_a_storm() {
     let (mut schedule, now) = schedule(1);
     let (id, ticket) = schedule.start(now).remove(0);
-    schedule.finished(&id, ticket, Outcome::Held { until: now.wall + HOUR }, now);
+    schedule.finished(&id, ticket, held(now), now);
     let jumped = Now { monotonic: now.monotonic + Duration::from_millis(10), wall: now.wall + 2 * HOUR };
     assert!(schedule.start(jumped).is_empty());
     let jumped = Now { monotonic: now.monotonic + limits::RENEWAL_PAUSE, ..jumped };
     let (id, ticket) = schedule.start(jumped).remove(0);
     // The CA's clock did not jump: its certificate is over already.
-    schedule.finished(&id, ticket, Outcome::Held { until: now.wall + HOUR }, jumped);
+    schedule.finished(&id, ticket, held(now), jumped);
     assert!(schedule.start(jumped).is_empty());
+    assert!(schedule.start(Now { monotonic: jumped.monotonic + limits::RENEWAL_PAUSE / 2, ..jumped }).is_empty());
 }
 
 #[test]
 fn a_refused_identity_backs_off_and_holds_up_no_other() {
     let (mut schedule, now) = schedule(2);
     let started = schedule.start(now);
-    schedule.finished(&started[1].0, started[1].1, Outcome::Held { until: now.wall + HOUR }, now);
+    schedule.finished(&started[1].0, started[1].1, held(now), now);
     let (id, mut ticket) = started[0].clone();
     let mut at = now;
     let mut pauses = Vec::new();
@@ -131,7 +136,7 @@ fn a_ca_that_is_down_is_probed_by_one_and_its_return_is_no_herd() {
     }
     at = after(at, schedule.idle(at).unwrap());
     let (id, ticket) = schedule.start(at).remove(0);
-    schedule.finished(&id, ticket, Outcome::Held { until: at.wall + HOUR }, at);
+    schedule.finished(&id, ticket, held(at), at);
     let returned = at;
     let mut fetched = 1;
     while fetched < 500 {
@@ -142,12 +147,12 @@ fn a_ca_that_is_down_is_probed_by_one_and_its_return_is_no_herd() {
         }
         assert!(started.len() <= limits::FETCHES);
         for (id, ticket) in started {
-            schedule.finished(&id, ticket, Outcome::Held { until: at.wall + HOUR }, at);
+            schedule.finished(&id, ticket, held(at), at);
             fetched += 1;
         }
     }
     let spread = at.monotonic - returned.monotonic;
-    assert!(spread >= Duration::from_secs(9) && spread <= limits::RECOVERY_SPREAD_MAX, "{spread:?}");
+    assert!(spread >= Duration::from_secs(10) && spread <= limits::RECOVERY_SPREAD_MAX, "{spread:?}");
 }
 
 #[test]
@@ -155,7 +160,75 @@ fn a_forgotten_identity_is_not_fetched_again() {
     let (mut schedule, now) = schedule(1);
     let (id, ticket) = schedule.start(now).remove(0);
     schedule.keep(&HashSet::new(), now);
-    schedule.finished(&id, ticket, Outcome::Held { until: now.wall + HOUR }, now);
+    schedule.finished(&id, ticket, held(now), now);
     assert!(schedule.start(after(now, 10 * HOUR)).is_empty());
     assert_eq!(schedule.idle(now), None);
+}
+
+#[test]
+fn an_answer_of_no_use_is_asked_for_again_late_or_when_trust_changes() {
+    let (mut schedule, now) = schedule(1);
+    let (id, ticket) = schedule.start(now).remove(0);
+    schedule.finished(&id, ticket, Outcome::Unusable, now);
+    assert!(schedule.idle(now).unwrap() >= Duration::from_secs(10));
+    assert!(schedule.start(after(now, Duration::from_secs(10))).is_empty());
+    schedule.trust_changed(now);
+    let (id, ticket) = schedule.start(now).remove(0);
+    // A refusal is another matter: what the CA knows of pods changes by the second.
+    schedule.finished(&id, ticket, Outcome::Refused, now);
+    schedule.trust_changed(now);
+    assert!(schedule.start(now).is_empty());
+    assert_eq!(schedule.start(after(now, limits::FETCH_BACKOFF_MIN.mul_f64(1.2))).len(), 1);
+}
+
+#[test]
+fn a_certificate_that_ended_is_as_urgent_as_a_first_one_and_renewals_go_by_their_end() {
+    let (mut schedule, now) = schedule(3);
+    let started = schedule.start(now);
+    let mut names = Vec::new();
+    for (minutes, (id, ticket)) in [30, 10, 20].into_iter().zip(started) {
+        let until = now.wall + Duration::from_secs(60 * minutes);
+        schedule.finished(&id, ticket, Outcome::Held { until, lifetime: HOUR }, now);
+        names.push(id);
+    }
+    // All three are due; of one the certificate has ended, and there is a newcomer.
+    let later = after(now, Duration::from_secs(60 * 17));
+    let fresh: SpiffeId = "spiffe://mesh.test/ns/a/sa/fresh".parse().unwrap();
+    schedule.keep(&names.iter().cloned().chain([fresh.clone()]).collect(), later);
+    let order: Vec<_> = schedule.start(later).into_iter().map(|(id, _)| id).collect();
+    assert_eq!(order, [fresh, names[1].clone(), names[2].clone(), names[0].clone()]);
+}
+
+#[test]
+fn a_probe_that_was_given_up_holds_up_nobody() {
+    let (mut schedule, now) = schedule(2);
+    for (id, ticket) in schedule.start(now) {
+        schedule.finished(&id, ticket, Outcome::Unreachable, now);
+    }
+    let at = after(now, schedule.idle(now).unwrap());
+    let (gone, ticket) = schedule.start(at).remove(0);
+    let left: HashSet<_> = ids(2).into_iter().filter(|id| *id != gone).collect();
+    schedule.keep(&left, at);
+    assert!(!schedule.wants(&gone, ticket));
+    assert!(schedule.start(at).is_empty(), "one probe at a time");
+    schedule.finished(&gone, ticket, Outcome::Abandoned, at);
+    assert_eq!(schedule.start(at).len(), 1);
+    assert_eq!(schedule.under_way(), 1);
+}
+
+#[test]
+fn the_next_try_is_what_the_schedule_will_do() {
+    let (mut schedule, now) = schedule(1);
+    let id = ids(1).into_iter().next().unwrap();
+    assert_eq!(schedule.next_try(&id, now), Some(now.wall));
+    let ticket = schedule.start(now).remove(0).1;
+    assert_eq!(schedule.next_try(&id, now), Some(now.wall), "it is under way");
+    schedule.finished(&id, ticket, Outcome::Unreachable, now);
+    let probe = schedule.next_try(&id, now).unwrap().duration_since(now.wall).unwrap();
+    assert_eq!(Some(probe), schedule.idle(now));
+    let ticket = schedule.start(after(now, probe)).remove(0).1;
+    schedule.finished(&id, ticket, held(now), now);
+    let renewal = schedule.next_try(&id, now).unwrap().duration_since(now.wall).unwrap();
+    assert!(renewal >= HOUR.mul_f64(0.45) && renewal <= HOUR.mul_f64(0.55), "{renewal:?}");
+    assert_eq!(schedule.next_try(&"spiffe://mesh.test/ns/a/sa/none".parse().unwrap(), now), None);
 }

@@ -249,6 +249,8 @@ impl Mesh {
             root_certificate: self.path("root.pem"),
             token_file: self.path("token"),
             cluster_id: "Kubernetes".to_owned(),
+            cert_signer: None,
+            headers: Vec::new(),
             trust_domain: trust_domain(),
             lifetime: Duration::from_secs(24 * 3_600),
         }

@@ -10,7 +10,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    life::admin::{AdminError, Answers, CertificateLine, ConnectionLine, PodLine, Socket, Status, may_ask},
+    life::admin::{AdminError, Answers, CertificateLine, ConnectionLine, PodLine, Socket, Status, Trust, TrustProblemLine, may_ask},
     life::proof::{self, ProofError},
     policy::{Explained, QuestionError},
 };
@@ -24,6 +24,10 @@ fn answers() -> Answers {
         }),
         connections: Box::new(|| vec![ConnectionLine { id: 7, ..ConnectionLine::default() }]),
         certificates: Box::new(|| vec![CertificateLine { serial: "0a".to_owned(), ..CertificateLine::default() }]),
+        trust: Box::new(|| Trust {
+            problems: vec![TrustProblemLine { what: "trust bundle".to_owned(), ..TrustProblemLine::default() }],
+            ..Trust::default()
+        }),
         explain: Box::new(|question| match &*question.to {
             "" => Err(QuestionError::To(String::new())),
             to => Ok(Explained { to: to.to_owned(), ..Explained::default() }),
@@ -65,6 +69,7 @@ async fn the_socket_answers_questions_to_its_owner_only_and_goes_with_the_agent(
     assert_eq!(status, (answers().status)());
     assert_eq!(json::<Vec<ConnectionLine>>(&ask(&path, "GET /connections").await)[0].id, 7);
     assert_eq!(json::<Vec<CertificateLine>>(&ask(&path, "GET /certificates").await)[0].serial, "0a");
+    assert_eq!(json::<Trust>(&ask(&path, "GET /trust").await), (answers().trust)());
     let explained: Explained = json(&ask(&path, "GET /policy/explain?from=none&to=shop/web:80").await);
     assert_eq!(explained.to, "shop/web:80");
     let refused = ask(&path, "GET /policy/explain?from=none&to=").await;
