@@ -13,7 +13,7 @@ use crate::{
     call::Call,
     certificates::{Leaf, Root},
     pod::Pod,
-    reports::{Churned, Held},
+    reports::{Arrived, Churned, Event, Held},
 };
 
 /// A flood of HTTP/2 frames, all connections together.
@@ -251,6 +251,13 @@ impl Pod {
 impl Call<'_, Fates> {
     /// Opens the connections, and goes on in the background until they have ended.
     pub fn open(self) -> crate::Result<(crate::call::Running<Fates>, Held)> {
+        self.begin()
+    }
+}
+
+impl Call<'_, Arrived> {
+    /// Goes on in the background from its first try.
+    pub fn open(self) -> crate::Result<(crate::call::Running<Arrived>, Event)> {
         self.begin()
     }
 }

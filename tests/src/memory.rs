@@ -20,8 +20,8 @@ const SCALAR: usize = 32;
 const POINT: usize = 65;
 /// What stands before the point in a SubjectPublicKeyInfo of P-256 (RFC 5480).
 const SPKI: [u8; 26] = [
-    0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d,
-    0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
+    0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce,
+    0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
 ];
 /// A certificate's name follows its key within this many bytes.
 const NAME_WITHIN: usize = 512;
@@ -186,8 +186,7 @@ mod tests {
     #[test]
     fn a_key_is_found_in_every_form_in_which_it_may_be_written() -> anyhow::Result<()> {
         let key = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_ASN1_SIGNING)?;
-        let secret =
-            Secret { identity: String::new(), scalar: key.private_key().as_be_bytes()?.as_ref().try_into()? };
+        let secret = Secret { identity: String::new(), scalar: key.private_key().as_be_bytes()?.as_ref().try_into()? };
         let document = key.to_pkcs8v1()?;
         assert!(secret.is_in(document.as_ref()));
         for before in 0..3 {

@@ -22,7 +22,7 @@ use crate::{
     lab::Ground,
     netns::Netns,
     process::{Place, Process},
-    reports::{Churned, Connected, Datagrams, Event, Held, Measured, Storm, Tallied, Transferred, Tunnelled},
+    reports::{Arrived, Churned, Connected, Datagrams, Event, Held, Measured, Storm, Tallied, Transferred, Tunnelled},
     wait::until,
 };
 
@@ -388,6 +388,11 @@ impl Pod {
             .within(60 + seconds)
     }
 
+    /// Connections until one is carried, each tried a millisecond after the one before failed.
+    pub fn first(&self, to: SocketAddr, seconds: u64) -> Call<'_, Arrived> {
+        self.call("first").with("--to", to).with("--seconds", seconds).within(30 + seconds)
+    }
+
     /// `rate` echoed requests of 256 bytes a second over `connections`; latency counts from when each was due.
     pub fn paced(&self, to: SocketAddr, (rate, connections): (u32, u32), seconds: u64) -> Call<'_, Measured> {
         let pace = self.call("paced").with("--to", to).with("--rate", rate).with("--connections", connections);
@@ -442,9 +447,14 @@ impl Pod {
 
     /// Opts it in, and waits until it is captured.
     pub fn enrol(&self) -> Result<()> {
-        *locked(&self.enrolled) = true;
-        self.apply()?;
+        self.begin_enrolment()?;
         self.wait_captured()
+    }
+
+    /// Opts it in, and waits for nothing.
+    pub fn begin_enrolment(&self) -> Result<()> {
+        *locked(&self.enrolled) = true;
+        self.apply()
     }
 
     /// Opts it out, and waits until that is done.

@@ -53,6 +53,14 @@ pub struct Who {
     pub local: SocketAddr,
 }
 
+/// The first connection that was carried.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Arrived {
+    /// When its byte came back (microseconds since the epoch).
+    pub at_us: u64,
+    pub tries: u64,
+}
+
 /// Many short connections, each verified with one echoed byte.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Churned {

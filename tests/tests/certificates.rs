@@ -146,7 +146,8 @@ fn a_process_with_keys_can_not_be_dumped() -> Result {
     let command = [&ids[..], &[&heddle, "ca", "--listen", "127.0.0.1:0", "--token-file", &token]].concat();
     let ca = Process::start(&place, "ca", "setpriv", &command)?;
     let sleeper = Process::start(&place, "sleep", "setpriv", &[&ids[..], &["sleep", "60"]].concat())?;
-    let owner = |process: &Process, file: &str| fs::metadata(format!("/proc/{}/{file}", process.pid())).map(|file| file.uid());
+    let owner =
+        |process: &Process, file: &str| fs::metadata(format!("/proc/{}/{file}", process.pid())).map(|file| file.uid());
     let is = |process: &Process, name: &str| {
         let comm = fs::read_to_string(format!("/proc/{}/comm", process.pid())).unwrap_or_default();
         (comm.trim_end() == name).then_some(())
@@ -201,7 +202,9 @@ fn o1_while_the_ca_is_down_certificates_serve_to_their_end_and_are_renewed_soon_
     let down = Instant::now();
     lab.ca()?.daemon.kill()?;
     let shaken = |agent: &Agent, direction: &str| {
-        Ok::<_, anyhow::Error>(agent.metrics()?.sum("heddle_tls_handshakes_total", &[("direction", direction), ("result", "ok")]))
+        Ok::<_, anyhow::Error>(
+            agent.metrics()?.sum("heddle_tls_handshakes_total", &[("direction", direction), ("result", "ok")]),
+        )
     };
     let handshakes = [shaken(first, "outbound")?, shaken(second, "inbound")?];
     // Every connection is a handshake of its own: the tunnel before it is closed under it. Until after the latest renewal point
@@ -219,7 +222,11 @@ fn o1_while_the_ca_is_down_certificates_serve_to_their_end_and_are_renewed_soon_
     assert!(shaken(second, "inbound")? - handshakes[1] >= count / 2.0);
     for (agent, pod, before) in [(first, &client, &before[0]), (second, &server, &before[1])] {
         let line = certificate(agent, pod)?;
-        assert_eq!((line["serial"].as_str(), line["state"].as_str()), (Some(before.as_str()), Some("not_renewed")), "{line}");
+        assert_eq!(
+            (line["serial"].as_str(), line["state"].as_str()),
+            (Some(before.as_str()), Some("not_renewed")),
+            "{line}"
+        );
         assert_eq!(line["last_reason"], "ca_unreachable", "{line}");
         assert!(agent.metrics()?.sum("heddle_certificate_failing", &[("reason", "ca_unreachable")]) >= 1.0);
     }
@@ -249,7 +256,10 @@ fn check_tells_what_fails_and_what_will_by_its_exit_status_too() -> Result {
     let identity = pod.identity();
     let held = scrape.with("heddle_certificate_expiry_timestamp_seconds", &[("identity", &identity)]).next().cloned();
     let root = held.and_then(|sample| sample.labels.get("root_serial").cloned()).unwrap_or_default();
-    assert!(scrape.with("heddle_trust_root_expiry_timestamp_seconds", &[("serial", &root)]).next().is_some(), "{root:?}");
+    assert!(
+        scrape.with("heddle_trust_root_expiry_timestamp_seconds", &[("serial", &root)]).next().is_some(),
+        "{root:?}"
+    );
     assert!(scrape.sum("heddle_certificate_fetches_total", &[("result", "ok")]) >= 1.0);
     let shown = agent.ask(&["certs"])?.ok()?;
     assert!(shown.contains(&root) && shown.contains("NEXT TRY"), "{shown}");

@@ -10,7 +10,7 @@ use crate::console::{is_root, show, target};
 /// A program and the Debian package that has it.
 type Program = (&'static str, &'static str);
 
-const PROGRAMS: [Program; 7] = [
+const PROGRAMS: [Program; 8] = [
     ("ip", "iproute2"),
     ("tcpdump", "tcpdump"),
     ("nft", "nftables"),
@@ -18,6 +18,7 @@ const PROGRAMS: [Program; 7] = [
     ("curl", "curl"),
     ("bpftool", "bpftool"),
     ("promtool", "prometheus"),
+    ("strace", "strace"),
 ];
 /// What only the bench needs.
 const BENCH: [Program; 2] = [("iperf3", "iperf3"), ("wrk", "wrk")];

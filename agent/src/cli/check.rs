@@ -60,7 +60,8 @@ pub(super) fn run(ask: &Ask) -> anyhow::Result<ExitCode> {
 
 /// Everything that is wrong, errors first.
 pub(super) fn findings(certificates: &[CertificateLine], trust: &Trust) -> Vec<Finding> {
-    let mut found: Vec<Finding> = certificates.iter().filter_map(|certificate| of_certificate(certificate, trust)).collect();
+    let mut found: Vec<Finding> =
+        certificates.iter().filter_map(|certificate| of_certificate(certificate, trust)).collect();
     if trust.roots.is_empty() {
         found.push(Finding {
             severity: Severity::Error,
@@ -112,7 +113,11 @@ fn of_certificate(certificate: &CertificateLine, trust: &Trust) -> Option<Findin
         }
         "not_renewed" => {
             let left = span(left.unsigned_abs());
-            (Severity::Warning, "certificate_not_renewed", format!("valid for {left}: {error}; next try in {}", span(next)))
+            (
+                Severity::Warning,
+                "certificate_not_renewed",
+                format!("valid for {left}: {error}; next try in {}", span(next)),
+            )
         }
         _ => return None,
     };

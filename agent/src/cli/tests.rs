@@ -147,7 +147,11 @@ fn certificate(name: &str, state: &str, left: Option<i64>, error: &str) -> Certi
         state: state.into(),
         seconds_left: left,
         last_error: error.into(),
-        chain: if left.is_some() { vec![issuer("intermediate", "m", 90 * DAY), issuer("root", "r", 400 * DAY)] } else { vec![] },
+        chain: if left.is_some() {
+            vec![issuer("intermediate", "m", 90 * DAY), issuer("root", "r", 400 * DAY)]
+        } else {
+            vec![]
+        },
         next_try_seconds: Some(7),
         ..CertificateLine::default()
     }
@@ -205,7 +209,8 @@ fn a_check_of_what_is_well_finds_nothing_and_of_each_fault_exactly_that() {
     assert_eq!(of(&brief(30 * DAY - 1), &roots(30 * DAY - 1)), [(Warning, "root_ends_soon".to_owned())]);
     assert_eq!(of(&brief(0), &roots(0)), [(Error, "root_expired".to_owned())]);
     assert_eq!(of(&[], &Trust::default()), [(Error, "no_roots".to_owned())]);
-    let crl = TrustProblemLine { what: "revocation lists".into(), reason: "crl_expired".into(), error: "since 1h".into() };
+    let crl =
+        TrustProblemLine { what: "revocation lists".into(), reason: "crl_expired".into(), error: "since 1h".into() };
     let troubled = Trust { problems: vec![crl], ..well };
     let soon = certificate("a", "not_renewed", Some(5), "CA refused");
     let found = check::findings(&[soon], &troubled);

@@ -109,9 +109,8 @@ fn way(
     let found = roots.iter().find_map(|root| {
         let anchors = [anchor_from_trusted_cert(root).ok()?];
         let end = EndEntityCert::try_from(leaf).ok()?;
-        let path = end
-            .verify_for_usage(algorithms, &anchors, intermediates, now, KeyUsage::server_auth(), None, None)
-            .ok()?;
+        let path =
+            end.verify_for_usage(algorithms, &anchors, intermediates, now, KeyUsage::server_auth(), None, None).ok()?;
         let used = path.intermediate_certificates().filter_map(|used| IssuerStatus::of(&used.der())).collect();
         Some((used, IssuerStatus::of(root)))
     });

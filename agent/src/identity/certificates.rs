@@ -15,8 +15,8 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    BundleError, CaClientConfig, CrlConfig, CrlStatus, FetchError, IssuerStatus, PeerError, RootStatus, SpiffeId, TrustDomain,
-    roots::unix_time, rotation::Shared,
+    BundleError, CaClientConfig, CrlConfig, CrlStatus, FetchError, IssuerStatus, PeerError, RootStatus, SpiffeId,
+    TrustDomain, roots::unix_time, rotation::Shared,
 };
 
 /// Whom to trust beside the bundle's word.

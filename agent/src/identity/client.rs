@@ -89,7 +89,8 @@ impl FromStr for CaHeader {
         if TAKEN.contains(&name.as_str()) || name.as_str().starts_with("grpc-") {
             return Err(CaHeaderError::Taken);
         }
-        let mut value = MetadataValue::try_from(value.trim()).map_err(|_| CaHeaderError::Value)?;
+        let value = Some(value.trim()).filter(|value| value.is_ascii()).ok_or(CaHeaderError::Value)?;
+        let mut value = MetadataValue::try_from(value).map_err(|_| CaHeaderError::Value)?;
         value.set_sensitive(true);
         Ok(Self { name, value })
     }

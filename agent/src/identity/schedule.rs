@@ -1,8 +1,8 @@
 //! When to ask the CA for which certificate. Pure: time goes in, identities to fetch come out.
 //!
 //! At most [`limits::FETCHES`] run at a time: first what a connection waits for, then first certificates, then renewals, of
-//! which the one that expires first. A refusal backs off that identity. A CA that can't be reached is probed by one identity at
-//! a time, and when it is back the others follow in that order over some seconds, so that a node is neither late nor a herd.
+//! which the one that expires first. A refusal backs off that identity. A CA that can't be reached is probed by one identity
+//! after the other, and when it is back the others follow in that order over some seconds, so that a node is neither late nor a herd.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -101,15 +101,20 @@ impl Slot {
     }
 }
 
-/// The CA can't be reached: one probe at a time, not before `probe_at`.
+/// The CA can't be reached: a probe now and then, not before `probe_at`, which counts from the beginning of the last one. So a
+/// probe that waits for an answer in vain makes the next one no later.
 #[derive(Debug)]
 struct Outage {
     tries: u32,
     probe_at: Instant,
-    /// When the last one began: pauses are counted from there, so that a probe that waits for an answer in vain makes the next
-    /// one no later.
-    probed: Instant,
-    probe: Option<Ticket>,
+    probes: HashSet<Ticket>,
+}
+
+impl Outage {
+    fn pause(&mut self, now: Now, random: &mut fastrand::Rng) {
+        self.probe_at = now.monotonic + backoff(self.tries, limits::FETCH_BACKOFF_MIN, limits::CA_PROBE_MAX, random);
+        self.tries = self.tries.saturating_add(1);
+    }
 }
 
 #[derive(Debug)]
@@ -181,9 +186,7 @@ impl Schedule {
         let wait = match (&self.outage, slot.running) {
             (_, Some(_)) => Duration::ZERO,
             (None, None) => slot.wait(now),
-            (Some(outage), None) => {
-                slot.wait(now).max(outage.probe_at.saturating_duration_since(now.monotonic))
-            }
+            (Some(outage), None) => slot.wait(now).max(outage.probe_at.saturating_duration_since(now.monotonic)),
         };
         now.wall.checked_add(wait)
     }
@@ -192,7 +195,7 @@ impl Schedule {
     pub fn start(&mut self, now: Now) -> Vec<(SpiffeId, Ticket)> {
         let room = match &self.outage {
             None => limits::FETCHES.saturating_sub(self.running.len()),
-            Some(outage) => usize::from(outage.probe.is_none() && outage.probe_at <= now.monotonic),
+            Some(outage) => usize::from(outage.probes.len() < limits::CA_PROBES && outage.probe_at <= now.monotonic),
         };
         if room == 0 {
             return Vec::new();
@@ -212,8 +215,8 @@ impl Schedule {
             started.push((identity.clone(), ticket));
         }
         if let (Some(outage), Some((_, ticket))) = (&mut self.outage, started.first()) {
-            outage.probe = Some(*ticket);
-            outage.probed = now.monotonic;
+            outage.probes.insert(*ticket);
+            outage.pause(now, &mut self.random);
         }
         started
     }
@@ -223,7 +226,7 @@ impl Schedule {
         match outcome {
             Outcome::Unreachable => self.unreachable(ticket, now),
             Outcome::Held { .. } | Outcome::Refused | Outcome::Unusable => self.reachable(now),
-            Outcome::Abandoned => self.release(ticket),
+            Outcome::Abandoned => self.release(ticket, now),
         }
         let Some(slot) = self.slots.get_mut(identity).filter(|slot| slot.running == Some(ticket)) else {
             return;
@@ -256,27 +259,28 @@ impl Schedule {
         match &self.outage {
             None if self.running.len() >= limits::FETCHES => None,
             None => Some(next),
-            Some(outage) if outage.probe.is_some() => None,
+            Some(outage) if outage.probes.len() >= limits::CA_PROBES => None,
             Some(outage) => Some(next.max(outage.probe_at.saturating_duration_since(now.monotonic))),
         }
     }
 
     fn unreachable(&mut self, ticket: Ticket, now: Now) {
-        let begins = Outage { tries: 0, probe_at: now.monotonic, probed: now.monotonic, probe: Some(ticket) };
-        let outage = self.outage.get_or_insert(begins);
-        // Others that were under way when the outage began say nothing new.
-        if outage.probe == Some(ticket) {
-            let pause = backoff(outage.tries, limits::FETCH_BACKOFF_MIN, limits::CA_PROBE_MAX, &mut self.random);
-            outage.probe = None;
-            outage.probe_at = outage.probed + pause;
-            outage.tries = outage.tries.saturating_add(1);
+        match &mut self.outage {
+            // Those that were under way when the outage began say nothing new.
+            Some(outage) => drop(outage.probes.remove(&ticket)),
+            None => {
+                let mut outage = Outage { tries: 0, probe_at: now.monotonic, probes: HashSet::new() };
+                outage.pause(now, &mut self.random);
+                self.outage = Some(outage);
+            }
         }
     }
 
     /// A probe that was given up says nothing: another identity takes its place.
-    fn release(&mut self, ticket: Ticket) {
-        if let Some(outage) = self.outage.as_mut().filter(|outage| outage.probe == Some(ticket)) {
-            outage.probe = None;
+    fn release(&mut self, ticket: Ticket, now: Now) {
+        if let Some(outage) = self.outage.as_mut().filter(|outage| outage.probes.contains(&ticket)) {
+            outage.probes.remove(&ticket);
+            outage.probe_at = now.monotonic;
         }
     }
 

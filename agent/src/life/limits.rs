@@ -230,6 +230,8 @@ pub const FETCH_UNUSABLE_MIN: Duration = Duration::from_secs(15);
 /// Longest pause between the beginnings of two probes of a CA that can't be reached (duration), before jitter: a certificate is
 /// renewed within 5 s of its return.
 pub const CA_PROBE_MAX: Duration = Duration::from_secs(3);
+/// Probes that wait for an answer at a time (requests): one lasts longer than the pause, where the CA is silent.
+pub const CA_PROBES: usize = 2;
 /// After an outage the identities that wait are spread over this much each, and this much together (duration).
 pub const RECOVERY_STEP: Duration = Duration::from_millis(25);
 pub const RECOVERY_SPREAD_MAX: Duration = Duration::from_secs(12);

@@ -379,9 +379,7 @@ impl Known {
                 lines.sort_by(|one, other| one.identity.cmp(&other.identity));
                 lines
             }),
-            trust: Box::new(move || {
-                Trust::new(&trusting.roots(), &trusting.trust(), std::time::SystemTime::now())
-            }),
+            trust: Box::new(move || Trust::new(&trusting.roots(), &trusting.trust(), std::time::SystemTime::now())),
             explain: Box::new(move |question| {
                 let Context { cluster, rules, certificates, .. } = &explained;
                 policy::answer(question, &cluster.load(), &rules.load(), certificates.trust_domain())

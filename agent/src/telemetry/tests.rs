@@ -14,8 +14,8 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    certificates::IdentityReport,
     AccessLog, Format, PodReport, Record, Sources, Telemetry, VerdictCounts,
+    certificates::IdentityReport,
     metrics::Metrics,
     traffic::{NO_FLAGS, Traffic},
 };
@@ -435,7 +435,7 @@ fn a_scrape_tells_what_every_stage_knows() {
         "heddle_pods_captured 1",
         "heddle_pods_uncaptured{reason=\"place_unknown\"} 1",
         "heddle_pod_kernel_events_total{namespace=\"shop\",pod=\"one\",event=\"captured\"} 7",
-        "heddle_certificate_expiry_timestamp_seconds{identity=\"spiffe://cluster.local/ns/shop/sa/server\"} 1000",
+        "heddle_certificate_expiry_timestamp_seconds{identity=\"spiffe://cluster.local/ns/shop/sa/server\",serial=\"01\",root_serial=\"0b\"} 1000",
         "heddle_tls_handshakes_total{direction=\"inbound\",result=\"expired\"} 1",
         "heddle_tls_handshakes_total{direction=\"outbound\",result=\"ok\"} 1",
         "heddle_denied_total{policy=\"shop/deny\",reason=\"policy_denied\"} 1",

@@ -14,8 +14,8 @@ use std::{
 
 use prost_types::value::Kind;
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair,
-    SanType,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType, IsCa, Issuer,
+    KeyPair, SanType,
 };
 use rustls_pki_types::CertificateDer;
 use tokio::{net::TcpListener, time::sleep};
@@ -71,7 +71,8 @@ impl Stage {
         params.distinguished_name.push(DnType::CommonName, "the intermediate");
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         let now = time::OffsetDateTime::now_utc();
-        (params.not_before, params.not_after) = (now - time::Duration::hours(1), now + time::Duration::seconds(intermediate_ends));
+        (params.not_before, params.not_after) =
+            (now - time::Duration::hours(1), now + time::Duration::seconds(intermediate_ends));
         let intermediate = (root.sign(&params, &key), key);
         Self { root, other_root: TestRoot::new("another root"), intermediate }
     }
@@ -133,7 +134,8 @@ impl IstioCertificateService for Service {
         sleep(other.takes).await;
         other.under_way.fetch_sub(1, Ordering::SeqCst);
         let headers = request.metadata().clone().into_headers();
-        let headers = headers.iter().map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned())).collect();
+        let headers =
+            headers.iter().map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned())).collect();
         let request = request.into_inner();
         let text = |kind: Option<Kind>| match kind {
             Some(Kind::StringValue(text)) => text,
@@ -182,7 +184,8 @@ impl Running {
         });
         let service = IstioCertificateServiceServer::new(Service(Arc::clone(&other)));
         let server = Server::builder().tls_config(tls).unwrap().add_service(service);
-        let task = tokio::spawn(async move { server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap() });
+        let task =
+            tokio::spawn(async move { server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap() });
         Self { directory, address, other, task }
     }
 

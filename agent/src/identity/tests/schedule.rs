@@ -210,7 +210,7 @@ fn a_probe_that_was_given_up_holds_up_nobody() {
     let left: HashSet<_> = ids(2).into_iter().filter(|id| *id != gone).collect();
     schedule.keep(&left, at);
     assert!(!schedule.wants(&gone, ticket));
-    assert!(schedule.start(at).is_empty(), "one probe at a time");
+    assert!(schedule.start(at).is_empty(), "one probe after the other");
     schedule.finished(&gone, ticket, Outcome::Abandoned, at);
     assert_eq!(schedule.start(at).len(), 1);
     assert_eq!(schedule.under_way(), 1);

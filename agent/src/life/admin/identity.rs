@@ -128,7 +128,8 @@ impl Trust {
             reason: reason.to_owned(),
             error,
         };
-        let bundle = report.bundle.as_ref().map(|bundle| problem("trust bundle", bundle.error.reason(), bundle.to_string()));
+        let bundle =
+            report.bundle.as_ref().map(|bundle| problem("trust bundle", bundle.error.reason(), bundle.to_string()));
         let crl = report.crl.as_ref().and_then(|crl| crl.problem.as_ref());
         let crl = crl.map(|crl| problem("revocation lists", crl.fault.reason(), crl.to_string()));
         Self { roots: roots.iter().map(root).collect(), problems: bundle.into_iter().chain(crl).collect() }

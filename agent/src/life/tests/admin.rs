@@ -10,7 +10,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    life::admin::{AdminError, Answers, CertificateLine, ConnectionLine, PodLine, Socket, Status, Trust, TrustProblemLine, may_ask},
+    life::admin::{
+        AdminError, Answers, CertificateLine, ConnectionLine, PodLine, Socket, Status, Trust, TrustProblemLine, may_ask,
+    },
     life::proof::{self, ProofError},
     policy::{Explained, QuestionError},
 };

@@ -3,6 +3,7 @@
 
 mod ask;
 mod dial;
+mod first;
 mod flood;
 mod forge;
 mod frames;
@@ -134,6 +135,13 @@ enum Verb {
         #[arg(long)]
         seconds: u64,
     },
+    /// Tries again and again until one connection is carried: says when that was.
+    First {
+        #[command(flatten)]
+        dial: Dial,
+        #[arg(long)]
+        seconds: u64,
+    },
     /// Requests at a fixed rate on some connections; latency counts from when each was due.
     Paced {
         #[command(flatten)]
@@ -203,6 +211,9 @@ async fn run(verb: Verb) -> anyhow::Result<()> {
         Verb::Storm { dial, concurrent, seconds } => {
             let time = Duration::from_secs(seconds);
             tell(&spawn_blocking(move || storm::run(&dial, concurrent, time)).await?)
+        }
+        Verb::First { dial, seconds } => {
+            spawn_blocking(move || first::run(&dial, Duration::from_secs(seconds))).await?
         }
         Verb::Paced { dial, pace } => tell(&spawn_blocking(move || paced::run(&dial, pace)).await??),
         Verb::Hbone { to, authority, cert, key, say } => {

@@ -71,7 +71,8 @@ fn client(dial: &Dial, start: Instant, time: Duration, per_second: &[AtomicU64])
     own
 }
 
-fn once(dial: &Dial) -> io::Result<()> {
+/// One connection, one byte there and back.
+pub fn once(dial: &Dial) -> io::Result<()> {
     let mut stream = TcpStream::connect_timeout(&dial.to, dial.patience())?;
     stream.set_read_timeout(Some(dial.patience()))?;
     stream.write_all(b"x")?;

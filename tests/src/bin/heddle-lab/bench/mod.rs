@@ -6,6 +6,8 @@
 mod chart;
 mod figures;
 mod hooks;
+mod identity;
+mod issue;
 mod machine;
 mod measure;
 mod report;
@@ -85,9 +87,13 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         .into_iter()
         .filter(|place| place.idle_connections().iter().any(|count| choice.any(*place, &rows::memory_rows(*count))))
         .collect();
-    ensure!(!wanted.is_empty() || !memory.is_empty(), "no row fits; --list names them all");
+    let identity = choice.any(Place::Identity, &identity::rows());
+    ensure!(!wanted.is_empty() || !memory.is_empty() || identity, "no row fits; --list names them all");
     let transport = bench.time(&wanted, rounds)?;
     bench.memory(&memory, rounds);
+    if identity {
+        bench.identity(rounds, options.quick);
+    }
     let report = Report {
         machine: machine::describe(&transport.0, &transport.1)?,
         lines: bench.record.lines(&choice),
@@ -123,7 +129,7 @@ impl Bench {
         let places: Vec<Place> =
             Place::ALL.into_iter().filter(|place| wanted.iter().any(|(at, _)| at == place)).collect();
         println!("setting up");
-        let stage = Stage::build(if places.is_empty() { &Place::ALL } else { &places })?;
+        let stage = Stage::build(if places.is_empty() { &Place::TRAFFIC } else { &places })?;
         let transport = stage.transport()?;
         ensure!(transport.0 == "cubic", "pods use {}, not cubic", transport.0);
         for round in 1..=rounds {
@@ -197,6 +203,26 @@ impl Bench {
                     }
                     Err(error) => self.fail(format!("{} memory: {error:#}", place.name())),
                 }
+            }
+        }
+    }
+}
+
+impl Bench {
+    /// Certificates, in a fresh lab each time.
+    fn identity(&mut self, rounds: u8, quick: bool) {
+        for round in 1..=rounds {
+            println!("round {round} of {rounds}  identity");
+            match identity::measure(quick, &mut self.patience) {
+                Ok((sample, quiet)) => {
+                    for row in identity::rows() {
+                        if let Some(value) = sample.get(&row.name) {
+                            println!("    mesh  {:<28} {value:>12.2} {}", row.name, row.unit);
+                        }
+                    }
+                    self.record.add(Place::Identity, Way::Mesh, sample, quiet);
+                }
+                Err(error) => self.fail(format!("identity: {error:#}")),
             }
         }
     }

@@ -1,6 +1,8 @@
 //! What is measured: places, measurements, and the rows that each measurement gives. The names are promised: other
 //! documents and tools refer to them.
 
+use super::identity;
+
 /// Where client and server are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
@@ -11,10 +13,15 @@ pub enum Place {
     SameNodeMtls,
     /// A client outside the mesh on another node, which policy lets in: through the server's agent.
     Plaintext,
+    /// No traffic: certificates.
+    Identity,
 }
 
 impl Place {
-    pub const ALL: [Self; 4] = [Self::CrossNode, Self::SameNode, Self::SameNodeMtls, Self::Plaintext];
+    pub const ALL: [Self; 5] =
+        [Self::CrossNode, Self::SameNode, Self::SameNodeMtls, Self::Plaintext, Self::Identity];
+    /// Those where client and server are.
+    pub const TRAFFIC: [Self; 4] = [Self::CrossNode, Self::SameNode, Self::SameNodeMtls, Self::Plaintext];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -22,6 +29,7 @@ impl Place {
             Self::SameNode => "same_node",
             Self::SameNodeMtls => "same_node_mtls",
             Self::Plaintext => "plaintext",
+            Self::Identity => "identity",
         }
     }
 
@@ -34,18 +42,23 @@ impl Place {
                 Measurement::Connect { concurrent: 32 },
                 Measurement::Http { connections: 16 },
             ],
+            Self::Identity => Vec::new(),
         }
     }
 
     /// How many idle connections memory is read at.
     pub fn idle_connections(self) -> &'static [u16] {
-        if matches!(self, Self::SameNodeMtls | Self::Plaintext) { &[] } else { &IDLE_CONNECTIONS }
+        match self {
+            Self::CrossNode | Self::SameNode => &IDLE_CONNECTIONS,
+            Self::SameNodeMtls | Self::Plaintext | Self::Identity => &[],
+        }
     }
 
     /// Every row that it has, in the order of the report.
     pub fn rows(self) -> Vec<Row> {
         let measured = self.measurements().into_iter().flat_map(Measurement::rows);
-        measured.chain(self.idle_connections().iter().copied().flat_map(memory_rows)).collect()
+        let identity = (self == Self::Identity).then(identity::rows).into_iter().flatten();
+        measured.chain(self.idle_connections().iter().copied().flat_map(memory_rows)).chain(identity).collect()
     }
 }
 
@@ -214,8 +227,9 @@ const CONNECTIONS: &str = "New connections";
 const REQUESTS: &str = "Requests on kept-open connections";
 const CPU: &str = "CPU of the agents";
 const MEMORY: &str = "Memory of the agents";
+pub const IDENTITY: &str = "Certificates";
 /// Sections in the order of the report.
-pub const SECTIONS: [&str; 5] = [THROUGHPUT, CONNECTIONS, REQUESTS, CPU, MEMORY];
+pub const SECTIONS: [&str; 6] = [THROUGHPUT, CONNECTIONS, REQUESTS, CPU, MEMORY, IDENTITY];
 
 /// Open idle connections at which memory is read.
 pub const IDLE_CONNECTIONS: [u16; 3] = [0, 1_000, 5_000];
@@ -275,6 +289,8 @@ mod tests {
                 assert!(names.iter().any(|name| name == promised), "{promised}");
             }
         }
+        let names: Vec<String> = Place::Identity.rows().into_iter().map(|row| row.name).collect();
+        assert_eq!(names, ["certificates_per_second", "enrolment_to_mtls_p50", "enrolment_to_mtls_p99"]);
     }
 
     fn promised_of(place: Place) {
