@@ -123,12 +123,14 @@ pub(super) struct Schedule {
     running: HashSet<Ticket>,
     outage: Option<Outage>,
     tickets: u64,
+    /// Tickets given until the CA last answered: that one of these gets no answer is old news.
+    reached: u64,
     random: fastrand::Rng,
 }
 
 impl Schedule {
     pub fn new(random: fastrand::Rng) -> Self {
-        Self { slots: HashMap::new(), running: HashSet::new(), outage: None, tickets: 0, random }
+        Self { slots: HashMap::new(), running: HashSet::new(), outage: None, tickets: 0, reached: 0, random }
     }
 
     /// Exactly these identities are kept from now on.
@@ -268,6 +270,7 @@ impl Schedule {
         match &mut self.outage {
             // Those that were under way when the outage began say nothing new.
             Some(outage) => drop(outage.probes.remove(&ticket)),
+            None if ticket.0 <= self.reached => {}
             None => {
                 let mut outage = Outage { tries: 0, probe_at: now.monotonic, probes: HashSet::new() };
                 outage.pause(now, &mut self.random);
@@ -285,6 +288,7 @@ impl Schedule {
     }
 
     fn reachable(&mut self, now: Now) {
+        self.reached = self.tickets;
         if self.outage.take().is_none() {
             return;
         }

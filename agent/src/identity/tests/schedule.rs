@@ -232,3 +232,20 @@ fn the_next_try_is_what_the_schedule_will_do() {
     assert!(renewal >= HOUR.mul_f64(0.45) && renewal <= HOUR.mul_f64(0.55), "{renewal:?}");
     assert_eq!(schedule.next_try(&"spiffe://mesh.test/ns/a/sa/none".parse().unwrap(), now), None);
 }
+
+#[test]
+fn a_call_that_began_before_the_ca_was_back_says_nothing_when_it_fails_late() {
+    let (mut schedule, now) = schedule(20);
+    let mut started = schedule.start(now);
+    let (id, ticket) = started.remove(0);
+    schedule.finished(&id, ticket, held(now), now);
+    for (id, ticket) in started {
+        schedule.finished(&id, ticket, Outcome::Unreachable, now);
+    }
+    let again = schedule.start(now);
+    assert_eq!(again.len(), limits::FETCHES, "no outage, as it answered since");
+    for (id, ticket) in again {
+        schedule.finished(&id, ticket, Outcome::Unreachable, now);
+    }
+    assert!(schedule.start(now).is_empty(), "an outage");
+}

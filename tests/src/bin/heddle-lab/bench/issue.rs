@@ -32,10 +32,9 @@ pub fn certificates_per_second(lab: &Lab, time: Duration) -> Result<f64> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(&ca.root).context("the CA's root")?)?;
     let requests = requests()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all();
     lab.node(1)?.netns.inside(move || {
-        let mut runtime = runtime;
-        runtime.build()?.block_on(ask(address, roots, token, requests, time))
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(ask(address, roots, token, requests, time))
     })
 }
 
