@@ -129,11 +129,11 @@ fn walk(folder: &Path, see: &mut impl FnMut(&Path)) -> Result<()> {
     Ok(())
 }
 
-/// The first SPIFFE id.
+/// The first SPIFFE id, as a GeneralName of DER: its length stands in the byte before a name that is shorter than 128 bytes.
 fn identity(bytes: &[u8]) -> Option<String> {
     let from = memmem::find(bytes, b"spiffe://")?;
-    let allowed = |byte: &&u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-._:/".contains(byte);
-    String::from_utf8(bytes[from..].iter().take_while(allowed).copied().collect()).ok()
+    let length = usize::from(*bytes.get(from.checked_sub(1)?)?);
+    String::from_utf8(bytes.get(from..from + length)?.to_vec()).ok()
 }
 
 /// Random enough: no word of it is a small number or a pointer, and of 32 bytes at least 20 differ.

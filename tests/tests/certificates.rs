@@ -170,7 +170,7 @@ fn a_connection_before_the_first_certificate_is_held_until_it_comes_and_no_longe
     let lab = Lab::two_nodes()?;
     let server = lab.pod("shop", "server").on(2).serves(&["echo:7000"]).start()?;
     // Fetched when it was enrolled, before it had a connection.
-    assert_eq!(certificate(lab.agent(2)?, &server)?["state"], "valid");
+    wait_serial(lab.agent(2)?, &server, "", Duration::from_secs(10))?;
     lab.ca()?.daemon.kill()?;
     let early = lab.pod("shop", "early").start()?;
     assert_eq!(certificate(lab.agent(1)?, &early)?["state"], "missing");
@@ -199,6 +199,7 @@ fn o1_while_the_ca_is_down_certificates_serve_to_their_end_and_are_renewed_soon_
     let (first, second) = (lab.agent(1)?, lab.agent(2)?);
     assert_eq!(hello(&client, &server)?.error, None);
     let before = [serial(first, &client)?, serial(second, &server)?];
+    assert!(before.iter().all(|serial| !serial.is_empty()));
     let down = Instant::now();
     lab.ca()?.daemon.kill()?;
     let shaken = |agent: &Agent, direction: &str| {
@@ -250,6 +251,7 @@ fn check_tells_what_fails_and_what_will_by_its_exit_status_too() -> Result {
         found.as_array().into_iter().flatten().filter_map(|one| one["reason"].as_str().map(str::to_owned)).collect()
     };
     // The lab's root lasts 30 days, less what has passed since.
+    wait_serial(agent, &pod, "", Duration::from_secs(10))?;
     let (status, found) = agent.ask_json(&["check"])?;
     assert_eq!((status, reasons(&found)), (Some(0), vec!["root_ends_soon".to_owned()]), "{found}");
     let scrape = agent.metrics()?;
