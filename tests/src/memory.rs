@@ -28,6 +28,9 @@ const NAME_WITHIN: usize = 512;
 /// Bytes read at a time, and by how many two reads overlap.
 const CHUNK: usize = 4 << 20;
 const OVERLAP: usize = 4 << 10;
+/// Most of a process' memory was never written.
+const PAGE: usize = 4 << 10;
+const ZEROS: [u8; PAGE] = [0; PAGE];
 /// Largest file that is looked into (bytes).
 const FILE: u64 = 64 << 20;
 
@@ -61,10 +64,14 @@ impl Secret {
         })?;
         let mut candidates = BTreeSet::new();
         read(pid, |bytes| {
-            for at in (0..bytes.len().saturating_sub(SCALAR - 1)).step_by(8) {
-                if let Some(window) = bytes.get(at..at + SCALAR).filter(|window| may_be_a_scalar(window)) {
-                    // aws-lc keeps numbers as words of this machine, the lowest first.
-                    candidates.insert(window.iter().rev().copied().collect::<Vec<u8>>());
+            for (page, start) in
+                bytes.chunks(PAGE).zip((0..).step_by(PAGE)).filter(|(page, _)| !ZEROS.starts_with(page))
+            {
+                for at in (start..start + page.len()).step_by(8) {
+                    if let Some(window) = bytes.get(at..at + SCALAR).filter(|window| may_be_a_scalar(window)) {
+                        // aws-lc keeps numbers as words of this machine, the lowest first.
+                        candidates.insert(window.iter().rev().copied().collect::<Vec<u8>>());
+                    }
                 }
             }
         })?;

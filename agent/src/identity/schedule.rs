@@ -227,7 +227,7 @@ impl Schedule {
         self.running.remove(&ticket);
         match outcome {
             Outcome::Unreachable => self.unreachable(ticket, now),
-            Outcome::Held { .. } | Outcome::Refused | Outcome::Unusable => self.reachable(now),
+            Outcome::Held { .. } | Outcome::Refused | Outcome::Unusable => self.reachable(ticket, now),
             Outcome::Abandoned => self.release(ticket, now),
         }
         let Some(slot) = self.slots.get_mut(identity).filter(|slot| slot.running == Some(ticket)) else {
@@ -287,11 +287,13 @@ impl Schedule {
         }
     }
 
-    fn reachable(&mut self, now: Now) {
+    fn reachable(&mut self, ticket: Ticket, now: Now) {
         self.reached = self.tickets;
-        if self.outage.take().is_none() {
-            return;
-        }
+        let Some(outage) = self.outage.take() else { return };
+        // Probes that still wait were sent into the silence: theirs are asked for again like all others.
+        let silent =
+            |slot: &&mut Slot| slot.running.is_some_and(|probe| probe != ticket && outage.probes.contains(&probe));
+        self.slots.values_mut().filter(silent).for_each(|slot| slot.running = None);
         let waiting = self.slots.values_mut().filter(|slot| slot.class != Class::Needed && slot.due(now));
         spread(waiting.collect(), now, &mut self.random);
     }

@@ -111,6 +111,14 @@ impl World {
                 let outcome = self.answer(&identity, began, usize::try_from(number).unwrap());
                 self.schedule.finished(&identity, ticket, outcome, self.now());
             }
+            // As the loop round the schedule: calls that nobody waits for any more are given up.
+            let given_up = |_: &(Duration, u64), (identity, ticket, _): &mut (SpiffeId, Ticket, Duration)| {
+                !self.schedule.wants(identity, *ticket)
+            };
+            let given_up: Vec<_> = self.under_way.extract_if(.., given_up).collect();
+            for (_, (identity, ticket, _)) in given_up {
+                self.schedule.finished(&identity, ticket, Outcome::Abandoned, self.now());
+            }
         }
     }
 
