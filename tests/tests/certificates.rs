@@ -101,7 +101,7 @@ fn i2_keys_are_in_memory_only_and_gone_from_there_with_the_last_pod() -> Result 
     assert!(!kept.is_empty() && !last.is_empty(), "{kept:?} {last:?}");
     other.delete()?;
     std::thread::sleep(Duration::from_secs(1));
-    assert!(serial(agent, &leaves)? != "", "one pod of the service account is left");
+    assert!(!serial(agent, &leaves)?.is_empty(), "one pod of the service account is left");
     let last: Vec<Secret> = [last, keys_of(pid, &leaves)?].concat();
     let identity = leaves.identity();
     leaves.delete()?;

@@ -197,7 +197,7 @@ fn a_check_of_what_is_well_finds_nothing_and_of_each_fault_exactly_that() {
             "intermediate_ends_soon",
         ),
     ] {
-        assert_eq!(of(&[certificate.clone()], &well), [(severity, reason.to_owned())], "{certificate:?}");
+        assert_eq!(of(std::slice::from_ref(&certificate), &well), [(severity, reason.to_owned())], "{certificate:?}");
         // Two of a kind: two certificates, but one intermediate.
         let count = if reason.starts_with("intermediate") { 1 } else { 2 };
         let other = CertificateLine { identity: "spiffe://b".into(), ..certificate.clone() };

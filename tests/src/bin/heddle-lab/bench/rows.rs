@@ -18,8 +18,7 @@ pub enum Place {
 }
 
 impl Place {
-    pub const ALL: [Self; 5] =
-        [Self::CrossNode, Self::SameNode, Self::SameNodeMtls, Self::Plaintext, Self::Identity];
+    pub const ALL: [Self; 5] = [Self::CrossNode, Self::SameNode, Self::SameNodeMtls, Self::Plaintext, Self::Identity];
     /// Those where client and server are.
     pub const TRAFFIC: [Self; 4] = [Self::CrossNode, Self::SameNode, Self::SameNodeMtls, Self::Plaintext];
 

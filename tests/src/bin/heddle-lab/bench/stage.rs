@@ -93,7 +93,7 @@ fn authorize(lab: &Lab) -> Result<()> {
 
 fn agents(lab: &Lab, place: Place) -> Result<Vec<u32>> {
     let nodes: &[u8] = match place {
-        Place::CrossNode => &[1, 2],
+        Place::CrossNode | Place::Identity => &[1, 2],
         Place::SameNode | Place::SameNodeMtls => &[1],
         Place::Plaintext => &[2],
     };
