@@ -113,6 +113,8 @@ pub struct Ca {
     /// Where it publishes its root: what agents trust.
     pub root: PathBuf,
     pub token: PathBuf,
+    /// Its signing key, in cert-manager's layout.
+    pub root_dir: PathBuf,
 }
 
 impl Ca {
@@ -130,12 +132,15 @@ impl Ca {
     ) -> Result<Self> {
         let (root, token) = (dir.join("published-root.pem"), dir.join("token"));
         fs::write(&token, format!("lab-{}", fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim()))?;
+        let root_dir = dir.join("ca-key");
+        fs::create_dir_all(&root_dir)?;
+        fs::copy(root_certificate, root_dir.join("tls.crt"))?;
+        fs::copy(root_key, root_dir.join("tls.key"))?;
         let mut args: Vec<String> = ["ca", "--listen"].map(str::to_owned).into();
         args.push(address.to_string());
         for (flag, value) in [
             ("--trust-domain", TRUST_DOMAIN),
-            ("--root-certificate", utf8(root_certificate)?),
-            ("--root-key", utf8(root_key)?),
+            ("--root-dir", utf8(&root_dir)?),
             ("--publish-root", utf8(&root)?),
             ("--token-file", utf8(&token)?),
             ("--name", Self::NAME),
@@ -144,7 +149,7 @@ impl Ca {
             args.extend([flag.to_owned(), value.to_owned()]);
         }
         let daemon = Daemon::new("ca", netns, cgroup_root, &dir.join("logs"), args)?;
-        Ok(Self { daemon, netns: netns.clone(), address, root, token })
+        Ok(Self { daemon, netns: netns.clone(), address, root, token, root_dir })
     }
 
     /// Starts it and waits until it listens and its root is published.
@@ -213,7 +218,8 @@ impl Agent {
             ("--certificate-lifetime", &options.certificate_lifetime),
             ("--bpffs", utf8(&bpffs)?),
             ("--admin-socket", utf8(&admin)?),
-            ("--metrics-listen", &local(Self::METRICS)),
+            // Asked from the other node too.
+            ("--metrics-listen", &format!("0.0.0.0:{}", Self::METRICS)),
             ("--readiness-listen", &local(Self::READINESS)),
             ("--log-format", "json"),
             ("--access-log", utf8(&access_log)?),

@@ -20,6 +20,7 @@ mod policy;
 mod proof;
 mod protocols;
 mod revocation;
+mod rotation;
 mod services;
 mod stalls;
 mod telemetry;

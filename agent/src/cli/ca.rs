@@ -1,12 +1,14 @@
 //! `heddle ca`: runs the built-in certificate authority.
 
+mod rotate;
+
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    identity::ca::{CaConfig, ROOT_LIFETIME, RootSource, serve},
+    identity::ca::{CaConfig, KeySource, ROOT_LIFETIME, serve},
     life::{
         config::{ConfigError, TRUST_DOMAIN, lifetime, listen, trust_domain},
         log, start,
@@ -15,7 +17,10 @@ use crate::{
 };
 
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(super) struct Args {
+    #[command(subcommand)]
+    verb: Option<Verb>,
     /// Address to answer on.
     #[arg(long, env = "HEDDLE_CA_LISTEN", default_value = "[::]:15012", value_name = "ADDRESS")]
     listen: String,
@@ -28,12 +33,26 @@ pub(super) struct Args {
     /// Its key (PEM).
     #[arg(long, env = "HEDDLE_CA_ROOT_KEY", requires = "root_certificate", value_name = "FILE")]
     root_key: Option<PathBuf>,
+    /// Roots to trust (PEM), where they are more than the root at the end of the issuing certificate.
+    #[arg(long, env = "HEDDLE_CA_ROOT_BUNDLE", requires = "root_certificate", value_name = "FILE")]
+    root_bundle: Option<PathBuf>,
+    /// Directory with tls.crt, tls.key and ca.crt, as cert-manager lays them out, instead of files one by one.
+    #[arg(
+        long,
+        env = "HEDDLE_CA_ROOT_DIR",
+        conflicts_with_all = ["root_certificate", "root_secret"],
+        value_name = "DIR"
+    )]
+    root_dir: Option<PathBuf>,
+    /// Secret with the same keys; made, with a new root, where it is absent. Needs --kubernetes.
+    #[arg(long, env = "HEDDLE_CA_ROOT_SECRET", conflicts_with = "root_certificate", value_name = "NAMESPACE/NAME")]
+    root_secret: Option<String>,
     /// Where to write the trust bundle, for the nodes to read.
     #[arg(long, env = "HEDDLE_CA_PUBLISH_ROOT", value_name = "FILE")]
     publish_root: Option<PathBuf>,
     /// Bearer token that callers must present, read at each call.
-    #[arg(long, env = "HEDDLE_CA_TOKEN_FILE", value_name = "FILE")]
-    token_file: PathBuf,
+    #[arg(long, env = "HEDDLE_CA_TOKEN_FILE", required = true, value_name = "FILE")]
+    token_file: Option<PathBuf>,
     /// DNS name or IP address of the CA's own TLS certificate; may be given again.
     #[arg(
         long = "name",
@@ -51,23 +70,38 @@ pub(super) struct Args {
     log_format: Format,
 }
 
+#[derive(Debug, clap::Subcommand)]
+enum Verb {
+    /// Put another root in the place of the CA's, step by step, with no handshake failed.
+    #[command(subcommand)]
+    Rotate(rotate::Verb),
+}
+
 impl Args {
     fn config(self) -> Result<CaConfig, ConfigError> {
         Ok(CaConfig {
             listen: listen("--listen", &self.listen)?,
             trust_domain: trust_domain(&self.trust_domain)?,
-            root: match (self.root_certificate, self.root_key) {
-                (Some(certificate), Some(key)) => RootSource::Files { certificate, key },
-                _ => RootSource::Generate { lifetime: ROOT_LIFETIME },
+            root: match (self.root_certificate, self.root_key, self.root_dir, &self.root_secret) {
+                (Some(certificate), Some(key), ..) => KeySource::Files { certificate, key, bundle: self.root_bundle },
+                (_, _, Some(directory), _) => KeySource::Directory(directory),
+                (_, _, _, Some(secret)) => {
+                    let (namespace, name) = rotate::secret_name(secret)?;
+                    KeySource::Secret { namespace, name, lifetime: ROOT_LIFETIME }
+                }
+                _ => KeySource::Memory { lifetime: ROOT_LIFETIME },
             },
             publish_root: self.publish_root,
-            token_file: self.token_file,
+            token_file: self.token_file.unwrap_or_default(),
             names: self.names,
             max_lifetime: lifetime("--max-lifetime", &self.max_lifetime)?,
         })
     }
 
     pub fn run(self) -> anyhow::Result<ExitCode> {
+        if let Some(Verb::Rotate(step)) = self.verb {
+            return step.run();
+        }
         let format = self.log_format;
         let config = self.config()?;
         let _written_at_the_end = log::start(format).context("can't start the log")?;

@@ -28,7 +28,7 @@ pub use answer::IssuerStatus;
 pub use certificates::{CertificateStatus, Certificates, FetchCounts, IdentityError, TrustConfig, TrustReport};
 pub use client::{CaClientConfig, CaHeader, CaHeaderError, FetchError};
 pub use revocation::{CrlConfig, CrlError, CrlFailure, CrlFault, CrlStatus, ListStatus};
-pub use roots::{BundleError, RootStatus, RootsError};
+pub use roots::{BundleError, RootStatus, RootsError, read_small};
 pub use spiffe::{SpiffeError, SpiffeId, TrustDomain, TrustDomains};
 pub use verify::{PeerError, handshake_reason, peer_identity, serial};
 

@@ -291,6 +291,14 @@ pub(super) fn read_capped(path: &Path, cap: u64) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// A certificate's or key's file, whole, wiped when it is dropped; longer than `limits::BUNDLE_BYTES` is an error.
+///
+/// # Errors
+/// When it can't be read.
+pub fn read_small(path: &Path) -> std::io::Result<zeroize::Zeroizing<Vec<u8>>> {
+    read_capped(path, limits::BUNDLE_BYTES).map(zeroize::Zeroizing::new)
+}
+
 /// CA certificates of a PEM file; anything that is none is an error, because a bundle that is half understood is a bundle
 /// of whom nobody knows what it trusts.
 pub(super) fn parse_bundle(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, RootsError> {

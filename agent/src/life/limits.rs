@@ -252,6 +252,28 @@ pub const CA_STREAMS: u32 = 32;
 /// How long the CA takes for one request at most, and to finish those under way when it stops (duration).
 pub const CA_REQUEST: Duration = Duration::from_secs(5);
 pub const CA_DRAIN: Duration = Duration::from_secs(5);
+/// How often files of a signing key are looked at, and where they can't be signed with, how long after the first look at the start the
+/// second comes (duration): they are replaced one after the other.
+pub const KEY_LOOK: Duration = Duration::from_secs(2);
+pub const KEY_SETTLE: Duration = Duration::from_millis(500);
+/// How often the published trust bundle file is looked at (duration), and how often those of all namespaces (duration): two lists.
+pub const PUBLISH_LOOK: Duration = Duration::from_secs(2);
+pub const CONFIG_MAP_LOOK: Duration = Duration::from_secs(10);
+/// One call to the API server (duration), and objects in one page of a list (objects).
+pub const KUBE_CALL: Duration = Duration::from_secs(5);
+pub const KUBE_PAGE: u32 = 500;
+/// One watch of the Secret with the signing key (seconds): a connection that went dead without a word is found some seconds after.
+pub const KUBE_WATCH: u32 = 60;
+/// How long the Lease of the replica that publishes holds without being renewed, and how often it is renewed (duration): two
+/// renewals may fail.
+pub const LEASE: Duration = Duration::from_secs(15);
+pub const LEASE_RENEW: Duration = Duration::from_secs(5);
+/// How long an agent may take to answer `heddle ca rotate`, how often one that waits asks again (duration), how many are asked at a
+/// time (agents), and the longest answer (bytes): four times what an agent with every series has.
+pub const AGENT_ASK: Duration = Duration::from_secs(5);
+pub const ROTATE_LOOK: Duration = Duration::from_secs(1);
+pub const AGENTS_ASKED: usize = 16;
+pub const AGENT_METRICS: usize = 32 << 20;
 /// How far a certificate is backdated for nodes whose clock is slow (duration); a tenth of its lifetime if that is less.
 pub const CLOCK_SKEW: Duration = Duration::from_secs(120);
 /// Lifetime of the CA's own TLS certificate (duration); it renews itself at half of it.

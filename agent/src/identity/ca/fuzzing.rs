@@ -8,7 +8,7 @@ use std::{
 use prost::Message;
 use rustls_pki_types::CertificateDer;
 
-use super::{RootSource, issue, root::Root};
+use super::{issue, root::Root};
 use crate::identity::{SpiffeId, TrustDomain, proto::IstioCertificateRequest};
 
 /// The certificate of a root of `mesh.test`, the same in the whole process.
@@ -18,14 +18,9 @@ pub fn root() -> &'static CertificateDer<'static> {
 
 fn whole() -> &'static (CertificateDer<'static>, Root) {
     static ROOT: OnceLock<(CertificateDer<'static>, Root)> = OnceLock::new();
-    ROOT.get_or_init(|| {
-        let source = RootSource::Generate { lifetime: Duration::from_secs(86_400) };
-        match Root::new(&source, &domain()) {
-            Ok(root) => {
-                (root.chain.first().cloned().unwrap_or_else(|| unreachable!("a root without certificate")), root)
-            }
-            Err(error) => unreachable!("a root can be made: {error}"),
-        }
+    ROOT.get_or_init(|| match Root::generate(Duration::from_secs(86_400), &domain()) {
+        Ok(root) => (root.chain.first().cloned().unwrap_or_else(|| unreachable!("a root without certificate")), root),
+        Err(error) => unreachable!("a root can be made: {error}"),
     })
 }
 

@@ -1,31 +1,30 @@
 //! The CA that is built in: answers Istio's `CreateCertificate` for callers with the right token.
 //!
-//! A request becomes a certificate in `issue` (pure), the root comes from `root`, connections are in `server`.
+//! A request becomes a certificate in `issue` (pure), connections are in `server`. `root` is what signs, `source` and `secret` say
+//! where it comes from, `publish` takes its trust bundle to the nodes, and `rotate` puts another in its place.
 //! Nothing of a request's extensions is ever copied, and a caller never learns why it was refused.
 
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzzing;
 mod issue;
+mod publish;
 mod root;
+pub mod rotate;
+mod secret;
 mod server;
+mod source;
 
 #[cfg(test)]
 pub(super) use root::pem;
 
 use std::{io, net::SocketAddr, path::PathBuf, time::Duration};
 
+pub use root::{KeyError, KeyProblem};
+pub use secret::api_client;
 pub use server::Ca;
+pub use source::{KeySource, KeyStatus};
 
-use super::{RootsError, TrustDomain};
-
-/// Where the CA's root comes from.
-#[derive(Debug, Clone)]
-pub enum RootSource {
-    /// A new one, whose key lives and dies with the process.
-    Generate { lifetime: Duration },
-    /// PEM files: the issuing certificate first, then those above it up to the root; and the issuing key.
-    Files { certificate: PathBuf, key: PathBuf },
-}
+use super::TrustDomain;
 
 /// Ten years.
 pub const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3_600);
@@ -37,7 +36,7 @@ pub struct CaConfig {
     /// Port 0 takes a free one.
     pub listen: SocketAddr,
     pub trust_domain: TrustDomain,
-    pub root: RootSource,
+    pub root: KeySource,
     /// Where the trust bundle is written (certificates only), for the nodes to read.
     pub publish_root: Option<PathBuf>,
     /// Bearer token that callers must present, read at each call.
@@ -53,16 +52,14 @@ pub struct CaConfig {
 pub enum CaError {
     #[error("can't listen on {0}: {1}")]
     Listen(SocketAddr, io::Error),
-    #[error("can't read {0}: {1}")]
-    Read(PathBuf, io::Error),
     #[error("can't write {0}: {1}")]
     Publish(PathBuf, io::Error),
     #[error(transparent)]
-    Roots(#[from] RootsError),
-    #[error("the issuing key does not fit its certificate")]
-    KeyMismatch,
-    #[error("the last certificate of the issuing chain is no root")]
-    NoRoot,
+    Key(#[from] KeyError),
+    #[error("a signing key in a Secret needs an API server: give --kubernetes")]
+    NoCluster,
+    #[error("the API server can't be asked: {0}")]
+    Cluster(String),
     #[error("{0:?} is neither a DNS name nor an IP address")]
     Name(String),
     #[error("certificate: {0}")]
@@ -79,11 +76,10 @@ impl CaError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Listen(..) => "listen",
-            Self::Read(..) => "read",
             Self::Publish(..) => "publish",
-            Self::Roots(error) => error.reason(),
-            Self::KeyMismatch => "key_mismatch",
-            Self::NoRoot => "no_root",
+            Self::Key(error) => error.reason(),
+            Self::NoCluster => "no_cluster",
+            Self::Cluster(_) => "cluster",
             Self::Name(_) => "name",
             Self::Certificate(_) => "certificate",
             Self::Tls(_) => "tls",

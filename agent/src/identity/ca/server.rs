@@ -35,7 +35,9 @@ use zeroize::Zeroizing;
 use super::{
     CaConfig, CaError,
     issue::{Issued, Refusal, examine, sign, sign_server},
-    root::{Root, publish},
+    publish::Publisher,
+    root::Root,
+    source::{KeyStatus, Keys},
 };
 use crate::{
     identity::{
@@ -55,6 +57,7 @@ pub struct Ca {
     listener: TcpListener,
     address: SocketAddr,
     authority: Arc<Authority>,
+    publisher: Publisher,
     tls: TlsAcceptor,
 }
 
@@ -70,8 +73,8 @@ impl Ca {
     /// # Errors
     /// When the root, a name or the address can't be used.
     pub async fn bind(config: CaConfig) -> Result<Self, CaError> {
-        let root = Arc::new(Root::new(&config.root, &config.trust_domain)?);
-        let own = OwnTls::new(Arc::clone(&root), &config.names)?;
+        let keys = Arc::new(Keys::open(config.root.clone(), &config.trust_domain, None).await?);
+        let own = OwnTls::new(Arc::clone(&keys), &config.names)?;
         let mut tls = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_no_client_auth()
@@ -80,11 +83,9 @@ impl Ca {
         let listen = |error| CaError::Listen(config.listen, error);
         let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
-        if let Some(path) = &config.publish_root {
-            publish(path, &root.bundle_pem())?;
-        }
-        let authority = Arc::new(Authority { root, config });
-        Ok(Self { listener, address, authority, tls: TlsAcceptor::from(Arc::new(tls)) })
+        let publisher = Publisher::new(Arc::clone(&keys), config.publish_root.clone(), None)?;
+        let authority = Arc::new(Authority { keys, config });
+        Ok(Self { listener, address, authority, publisher, tls: TlsAcceptor::from(Arc::new(tls)) })
     }
 
     /// Where it listens.
@@ -96,7 +97,13 @@ impl Ca {
     /// The trust bundle, PEM.
     #[must_use]
     pub fn root_pem(&self) -> String {
-        self.authority.root.bundle_pem()
+        self.authority.keys.current().bundle_pem()
+    }
+
+    /// The signing key in force, and what is wrong with the one that was offered last.
+    #[must_use]
+    pub fn signing_key(&self) -> KeyStatus {
+        self.authority.keys.status()
     }
 
     /// Answers until `shutdown`, then finishes what is under way within `limits::CA_DRAIN`.
@@ -106,8 +113,13 @@ impl Ca {
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), CaError> {
         tracing::info!(address = %self.address, trust_domain = %self.authority.config.trust_domain, "CA listens.");
         let stop = CancellationToken::new();
+        let _ends = stop.clone().drop_guard();
         let (sender, receiver) = mpsc::channel(1);
         let accept = tokio::spawn(accept(self.listener, self.tls, sender, stop.clone()));
+        let keys = Arc::clone(&self.authority.keys);
+        let following = stop.clone();
+        tokio::spawn(async move { keys.follow(following).await });
+        let publishing = tokio::spawn(self.publisher.run(stop.clone()));
         let service = IstioCertificateServiceServer::from_arc(self.authority)
             .max_decoding_message_size(limits::CA_REQUEST_BYTES)
             .max_encoding_message_size(limits::CA_ANSWER_BYTES);
@@ -133,6 +145,8 @@ impl Ca {
         };
         stop.cancel();
         accept.abort();
+        // What it has under way has its own deadline.
+        drop(publishing.await);
         Ok(result?)
     }
 }
@@ -214,15 +228,15 @@ impl AsyncWrite for Admitted {
 
 /// Who signs, for whom, and how long.
 struct Authority {
-    root: Arc<Root>,
+    keys: Arc<Keys>,
     config: CaConfig,
 }
 
 impl Authority {
-    fn create(&self, request: &Request<IstioCertificateRequest>) -> Result<(Issued, String), Refusal> {
+    fn create(&self, root: &Root, request: &Request<IstioCertificateRequest>) -> Result<(Issued, String), Refusal> {
         authorize(request.metadata(), &self.config)?;
         let approved = examine(request.get_ref(), &self.config.trust_domain, self.config.max_lifetime)?;
-        let issued = sign(&self.root, &approved, SystemTime::now())?;
+        let issued = sign(root, &approved, SystemTime::now())?;
         Ok((issued, approved.identity.to_string()))
     }
 }
@@ -234,11 +248,12 @@ impl IstioCertificateService for Authority {
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
         let peer = request.remote_addr().map(|address| address.to_string()).unwrap_or_default();
-        match self.create(&request) {
+        let root = self.keys.current();
+        match self.create(&root, &request) {
             Ok((issued, identity)) => {
                 let not_after = humantime::format_rfc3339_seconds(issued.not_after);
                 tracing::info!(peer, identity, serial = issued.serial, %not_after, "Certificate issued.");
-                let cert_chain = std::iter::once(issued.pem()).chain(self.root.chain_pem()).collect();
+                let cert_chain = std::iter::once(issued.pem()).chain(root.chain_pem()).collect();
                 Ok(Response::new(IstioCertificateResponse { cert_chain }))
             }
             Err(refusal) => {
@@ -266,11 +281,17 @@ fn authorize(metadata: &MetadataMap, config: &CaConfig) -> Result<(), Refusal> {
     if bool::from(token.ct_eq(expected)) { Ok(()) } else { Err(Refusal::Token) }
 }
 
-/// The CA's own TLS certificate, made anew at half of its life by the handshake that finds it so old.
+/// The CA's own TLS certificate, made anew by the handshake that finds it half through its life or of another root.
 struct OwnTls {
-    root: Arc<Root>,
+    keys: Arc<Keys>,
     names: Vec<SanType>,
-    current: Mutex<Option<(SystemTime, Arc<CertifiedKey>)>>,
+    current: Mutex<Option<Serving>>,
+}
+
+struct Serving {
+    renew_at: SystemTime,
+    root: Arc<Root>,
+    certified: Arc<CertifiedKey>,
 }
 
 impl fmt::Debug for OwnTls {
@@ -280,28 +301,30 @@ impl fmt::Debug for OwnTls {
 }
 
 impl OwnTls {
-    fn new(root: Arc<Root>, names: &[String]) -> Result<Self, CaError> {
+    fn new(keys: Arc<Keys>, names: &[String]) -> Result<Self, CaError> {
         let names = names.iter().map(|name| subject_name(name)).collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { root, names, current: Mutex::default() })
+        Ok(Self { keys, names, current: Mutex::default() })
     }
 
     fn at(&self, now: SystemTime) -> Result<Arc<CertifiedKey>, Refusal> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((renew_at, certified)) = current.as_ref()
-            && now < *renew_at
+        let root = self.keys.current();
+        if let Some(serving) = current.as_ref()
+            && now < serving.renew_at
+            && serving.root.chain == root.chain
         {
-            return Ok(Arc::clone(certified));
+            return Ok(Arc::clone(&serving.certified));
         }
         let failed = |error: &dyn ToString| Refusal::Sign(error.to_string());
         let key = Zeroizing::new(KeyPair::generate().map_err(|error| failed(&error))?);
-        let issued = sign_server(&self.root, &self.names, &*key, now)?;
+        let issued = sign_server(&root, &self.names, &*key, now)?;
         let serialised = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialized_der()));
         let signing = rustls::crypto::aws_lc_rs::sign::any_ecdsa_type(&serialised).map_err(|error| failed(&error))?;
         let mut chain = vec![issued.certificate];
-        chain.extend(self.root.chain.iter().cloned());
+        chain.extend(root.chain.iter().cloned());
         let certified = Arc::new(CertifiedKey::new(chain, signing));
         let half = issued.not_after.duration_since(now).unwrap_or(Duration::ZERO) / 2;
-        *current = Some((now + half, Arc::clone(&certified)));
+        *current = Some(Serving { renew_at: now + half, root, certified: Arc::clone(&certified) });
         Ok(certified)
     }
 }

@@ -15,7 +15,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig};
 use x509_parser::prelude::*;
 
 use super::{
-    Ca, CaConfig, RootSource,
+    Ca, CaConfig, KeySource,
     issue::{examine, sign},
     root::Root,
 };
@@ -134,7 +134,7 @@ fn every_abuse_is_refused_for_its_reason() {
 
 #[test]
 fn nothing_of_a_request_but_its_key_reaches_the_certificate() {
-    let root = Root::new(&RootSource::Generate { lifetime: HOUR * 24 }, &trust_domain()).unwrap();
+    let root = Root::generate(HOUR * 24, &trust_domain()).unwrap();
     let greedy = csr(|csr| {
         csr.distinguished_name.push(DnType::CommonName, "admin");
         csr.subject_alt_names = vec![uri(WEB)];
@@ -166,7 +166,7 @@ fn nothing_of_a_request_but_its_key_reaches_the_certificate() {
 #[test]
 fn a_certificate_lasts_what_was_asked_for_within_the_cap_and_the_root() {
     let lasts = |asked: i64, cap: Duration, root: Duration| {
-        let root = Root::new(&RootSource::Generate { lifetime: root }, &trust_domain()).unwrap();
+        let root = Root::generate(root, &trust_domain()).unwrap();
         let now = SystemTime::now();
         let approved = examine(&request(good_csr(), named(WEB), asked), &trust_domain(), cap).unwrap();
         let issued = sign(&root, &approved, now).unwrap();
@@ -193,7 +193,7 @@ fn a_certificate_lasts_what_was_asked_for_within_the_cap_and_the_root() {
 
 #[test]
 fn an_ed25519_key_is_signed_too() {
-    let root = Root::new(&RootSource::Generate { lifetime: HOUR }, &trust_domain()).unwrap();
+    let root = Root::generate(HOUR, &trust_domain()).unwrap();
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     let csr = params.serialize_request(&KeyPair::generate_for(&PKCS_ED25519).unwrap()).unwrap().pem().unwrap();
@@ -217,7 +217,7 @@ fn config(directory: &tempfile::TempDir) -> CaConfig {
     CaConfig {
         listen: "127.0.0.1:0".parse().unwrap(),
         trust_domain: trust_domain(),
-        root: RootSource::Generate { lifetime: super::ROOT_LIFETIME },
+        root: KeySource::Memory { lifetime: super::ROOT_LIFETIME },
         publish_root: Some(directory.path().join("root.pem")),
         token_file: directory.path().join("token"),
         names: vec!["ca.test".to_owned(), "::1".to_owned()],
@@ -309,11 +309,11 @@ async fn a_root_that_can_not_issue_stops_the_ca_at_its_start() {
     fs::write(path("leaf.key"), leaf_key.serialize_pem()).unwrap();
     for (certificate, key, reason) in [
         ("root.crt", "other.key", "key_mismatch"),
-        ("leaf.crt", "leaf.key", "roots_invalid"),
-        ("root.crt", "root.crt", "certificate"),
-        ("missing", "root.key", "read"),
+        ("leaf.crt", "leaf.key", "not_a_ca"),
+        ("root.crt", "root.crt", "key_invalid"),
+        ("missing", "root.key", "missing"),
     ] {
-        let root = RootSource::Files { certificate: path(certificate), key: path(key) };
+        let root = KeySource::Files { certificate: path(certificate), key: path(key), bundle: None };
         let error = Ca::bind(CaConfig { root, ..config(&directory) }).await.unwrap_err();
         assert_eq!(error.reason(), reason, "{error}");
     }
@@ -335,7 +335,7 @@ async fn an_intermediate_issues_with_its_chain() {
     fs::write(path("chain.crt"), format!("{}{}", super::pem(&intermediate), root.certificate.pem())).unwrap();
     fs::write(path("key"), key.serialize_pem()).unwrap();
     fs::write(path("token"), "secret").unwrap();
-    let root = RootSource::Files { certificate: path("chain.crt"), key: path("key") };
+    let root = KeySource::Files { certificate: path("chain.crt"), key: path("key"), bundle: None };
     let ca = Ca::bind(CaConfig { root, names: vec!["127.0.0.1".to_owned()], ..config(&directory) }).await.unwrap();
     let address = ca.address();
     let task = tokio::spawn(async move { ca.run(std::future::pending()).await.unwrap() });

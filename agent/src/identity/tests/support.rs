@@ -32,7 +32,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::identity::{
     CaClientConfig, Certificates, SpiffeId, TrustConfig, TrustDomain, TrustDomains,
-    ca::{Ca, CaConfig, RootSource},
+    ca::{Ca, CaConfig, KeySource},
     peer_identity,
     roots::Roots,
     verify::Trust,
@@ -217,7 +217,7 @@ impl Mesh {
         CaConfig {
             listen: self.address,
             trust_domain: trust_domain(),
-            root: RootSource::Files { certificate: self.path("ca.pem"), key: self.path("ca.key") },
+            root: KeySource::Files { certificate: self.path("ca.pem"), key: self.path("ca.key"), bundle: None },
             publish_root: Some(self.path("root.pem")),
             token_file: self.path("token"),
             names: vec!["localhost".to_owned(), "127.0.0.1".to_owned()],
