@@ -8,7 +8,9 @@
 pub use crate::{
     capture::fuzzing::capture,
     cluster::fuzzing::manifests,
-    identity::fuzzing::{ca_answer, certificate_request, peer_certificate, revocation_lists, spiffe, trust_bundle},
+    identity::fuzzing::{
+        bearer_token, ca_answer, certificate_request, peer_certificate, revocation_lists, spiffe, trust_bundle,
+    },
     life::fuzzing::{admin_query, flags},
     policy::fuzzing::policies,
     tunnel::fuzzing::{arrival, connect_target, frames, own_headers, proof_answer, request_headers},
@@ -24,6 +26,7 @@ mod tests {
     const TARGETS: [(&str, Target); 17] = [
         ("admin_query", super::admin_query),
         ("arrival", super::arrival),
+        ("bearer_token", super::bearer_token),
         ("ca_answer", super::ca_answer),
         ("capture", super::capture),
         ("certificate_request", super::certificate_request),

@@ -28,6 +28,25 @@ pub fn otlp_python() -> Option<PathBuf> {
     own.ancestors().map(|folder| folder.join("otlp/bin/python3")).find(|path| path.is_file())
 }
 
+/// Python with stock gRPC and its compiler, in a folder of the same kind.
+#[must_use]
+pub fn grpc_python() -> Option<PathBuf> {
+    let own = env::current_exe().ok()?;
+    own.ancestors().map(|folder| folder.join("grpc/bin/python3")).find(|path| path.is_file())
+}
+
+/// The client of the CA that it runs.
+#[must_use]
+pub fn ca_client() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("ca/client.py")
+}
+
+/// What the CA's API is published as.
+#[must_use]
+pub fn ca_proto() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../agent/proto/citadel.proto")
+}
+
 /// The receiver of spans that it runs.
 #[must_use]
 pub fn otlp_receiver() -> PathBuf {

@@ -18,6 +18,7 @@
 //! dropped; [`state::sweep`] removes what a killed process left.
 
 pub mod agent;
+pub mod apiserver;
 pub mod binaries;
 pub mod call;
 pub mod capture;

@@ -1,6 +1,7 @@
 //! The lab's tests: a file asks one question, a test is a claim that answers it.
 
 mod abuse;
+mod ca;
 mod certificates;
 mod churn;
 mod clean;

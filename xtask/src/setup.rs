@@ -1,5 +1,5 @@
 //! What the lab and the demonstration need besides Rust, installed by name, only what is missing: Debian packages, and
-//! two of Python.
+//! some of Python.
 
 use std::{env, fs, process::Command};
 
@@ -10,12 +10,13 @@ use crate::console::{is_root, show, target};
 /// A program and the Debian package that has it.
 type Program = (&'static str, &'static str);
 
-const PROGRAMS: [Program; 8] = [
+const PROGRAMS: [Program; 9] = [
     ("ip", "iproute2"),
     ("tcpdump", "tcpdump"),
     ("nft", "nftables"),
     ("nginx", "nginx-light"),
     ("curl", "curl"),
+    ("openssl", "openssl"),
     ("bpftool", "bpftool"),
     ("promtool", "prometheus"),
     ("strace", "strace"),
@@ -26,11 +27,16 @@ const BENCH: [Program; 2] = [("iperf3", "iperf3"), ("wrk", "wrk")];
 /// Python packages of the program that receives spans in the lab, by PyPI's names: OpenTelemetry's own protobufs.
 const OTLP_PACKAGES: [&str; 2] = ["opentelemetry-proto", "grpcio"];
 
+/// The same of the program that asks the CA: stock gRPC with its compiler.
+const GRPC_PACKAGES: [&str; 1] = ["grpcio-tools"];
+
 /// Makes sure that every program is there. As another user than root it only says what is missing.
 pub fn run() -> Result<()> {
     install(&PROGRAMS)?;
-    if let Err(error) = otlp_receiver() {
-        println!("spans can't be received, so a test is skipped: {error:#}");
+    for (folder, packages) in [("otlp", &OTLP_PACKAGES[..]), ("grpc", &GRPC_PACKAGES)] {
+        if let Err(error) = python(folder, packages) {
+            println!("no Python with {}, so a test is skipped: {error:#}", packages.join(", "));
+        }
     }
     Ok(())
 }
@@ -40,19 +46,19 @@ pub fn run_bench() -> Result<()> {
     install(&BENCH)
 }
 
-/// A Python environment of its own below the target directory, with [`OTLP_PACKAGES`].
-fn otlp_receiver() -> Result<()> {
-    let (place, half) = (target().join("otlp"), target().join("otlp-half"));
+/// A Python environment of its own below the target directory, with these packages.
+fn python(folder: &str, packages: &[&str]) -> Result<()> {
+    let (place, half) = (target().join(folder), target().join(format!("{folder}-half")));
     if place.join("bin/python3").is_file() {
         return Ok(());
     }
-    println!("installing {} for Python into {}", OTLP_PACKAGES.join(", "), place.display());
+    println!("installing {} for Python into {}", packages.join(", "), place.display());
     // Names of the folder are in its scripts, but python3 itself can be moved: it is there whole or not at all.
     let made = show(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&half))?;
     ensure!(made.success(), "python3 -m venv failed");
     let mut install = Command::new(half.join("bin/python3"));
-    install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(OTLP_PACKAGES);
-    ensure!(show(&mut install)?.success(), "pip install {} failed", OTLP_PACKAGES.join(" "));
+    install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(packages);
+    ensure!(show(&mut install)?.success(), "pip install {} failed", packages.join(" "));
     fs::rename(&half, &place).with_context(|| place.display().to_string())
 }
 

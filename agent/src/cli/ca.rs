@@ -8,9 +8,10 @@ use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    identity::ca::{CaConfig, KeySource, ROOT_LIFETIME, serve},
+    identity::ca::{Authorization, CaConfig, KeySource, NodeAuthorization, ROOT_LIFETIME},
     life::{
-        config::{ConfigError, TRUST_DOMAIN, lifetime, listen, trust_domain},
+        ca::serve,
+        config::{ConfigError, TRUST_DOMAIN, lifetime, listen, named, service_account, trust_domain},
         log, start,
     },
     telemetry::Format,
@@ -18,6 +19,7 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(group = clap::ArgGroup::new("authorization").required(true).args(["token_file", "kubernetes"]))]
 pub(super) struct Args {
     #[command(subcommand)]
     verb: Option<Verb>,
@@ -50,9 +52,31 @@ pub(super) struct Args {
     /// Where to write the trust bundle, for the nodes to read.
     #[arg(long, env = "HEDDLE_CA_PUBLISH_ROOT", value_name = "FILE")]
     publish_root: Option<PathBuf>,
-    /// Bearer token that callers must present, read at each call.
-    #[arg(long, env = "HEDDLE_CA_TOKEN_FILE", required = true, value_name = "FILE")]
+    /// Bearer token that callers must present, read at each call: whoever has it gets any identity of the mesh. For a lab.
+    #[arg(long, env = "HEDDLE_CA_TOKEN_FILE", value_name = "FILE")]
     token_file: Option<PathBuf>,
+    /// Answer the agents of a Kubernetes cluster, each for what runs on its node: asks the API server whose token it is, and
+    /// which pods there are.
+    #[arg(long, env = "HEDDLE_CA_KUBERNETES")]
+    kubernetes: bool,
+    /// The way to the API server, where this is no pod of the cluster.
+    #[arg(long, env = "HEDDLE_CA_KUBECONFIG", requires = "kubernetes", value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// Audience that agents' tokens must be for.
+    #[arg(long, env = "HEDDLE_CA_TOKEN_AUDIENCE", default_value = "istio-ca", value_name = "NAME")]
+    token_audience: String,
+    /// Service account of the agents; may be given again.
+    #[arg(
+        long = "agent-service-account",
+        env = "HEDDLE_CA_AGENT_SERVICE_ACCOUNTS",
+        value_delimiter = ',',
+        default_value = "heddle-system/heddle",
+        value_name = "NAMESPACE/NAME"
+    )]
+    agent_service_accounts: Vec<String>,
+    /// Name of the cluster: a caller that names another one is refused.
+    #[arg(long, env = "HEDDLE_CLUSTER_ID", default_value = "Kubernetes", value_name = "NAME")]
+    cluster_id: String,
     /// DNS name or IP address of the CA's own TLS certificate; may be given again.
     #[arg(
         long = "name",
@@ -65,6 +89,9 @@ pub(super) struct Args {
     /// Longest lifetime of a workload's certificate.
     #[arg(long, env = "HEDDLE_CA_MAX_LIFETIME", default_value = "1h", value_name = "DURATION")]
     max_lifetime: String,
+    /// Address of /metrics and /healthz/ready.
+    #[arg(long, env = "HEDDLE_CA_METRICS_LISTEN", default_value = "[::]:15014", value_name = "ADDRESS")]
+    metrics_listen: String,
     /// Form of the log, on stderr; filtered by HEDDLE_LOG.
     #[arg(long, env = "HEDDLE_LOG_FORMAT", value_enum, default_value = "text", value_name = "FORMAT")]
     log_format: Format,
@@ -78,8 +105,24 @@ enum Verb {
 }
 
 impl Args {
+    fn authorization(&self) -> Result<Authorization, ConfigError> {
+        if let Some(file) = &self.token_file {
+            return Ok(Authorization::Token(file.clone()));
+        }
+        let fix = "give a name such as istio-ca";
+        let agents =
+            self.agent_service_accounts.iter().map(|account| service_account("--agent-service-account", account));
+        Ok(Authorization::Nodes(NodeAuthorization {
+            kubeconfig: self.kubeconfig.clone(),
+            audience: named("--token-audience", self.token_audience.clone(), fix)?,
+            agents: agents.collect::<Result<_, _>>()?,
+            cluster_id: named("--cluster-id", self.cluster_id.clone(), "give a name such as Kubernetes")?,
+        }))
+    }
+
     fn config(self) -> Result<CaConfig, ConfigError> {
         Ok(CaConfig {
+            authorization: self.authorization()?,
             listen: listen("--listen", &self.listen)?,
             trust_domain: trust_domain(&self.trust_domain)?,
             root: match (self.root_certificate, self.root_key, self.root_dir, &self.root_secret) {
@@ -92,7 +135,6 @@ impl Args {
                 _ => KeySource::Memory { lifetime: ROOT_LIFETIME },
             },
             publish_root: self.publish_root,
-            token_file: self.token_file.unwrap_or_default(),
             names: self.names,
             max_lifetime: lifetime("--max-lifetime", &self.max_lifetime)?,
         })
@@ -103,6 +145,7 @@ impl Args {
             return step.run();
         }
         let format = self.log_format;
+        let metrics = listen("--metrics-listen", &self.metrics_listen)?;
         let config = self.config()?;
         let _written_at_the_end = log::start(format).context("can't start the log")?;
         start::install_crypto()?;
@@ -117,7 +160,7 @@ impl Args {
                     _ = interrupt.recv() => {}
                 }
             };
-            if let Err(error) = serve(config, shutdown).await {
+            if let Err(error) = serve(config, metrics, shutdown).await {
                 tracing::error!(reason = error.reason(), %error, "CA can't run");
                 return Ok(ExitCode::FAILURE);
             }

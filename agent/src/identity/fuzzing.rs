@@ -109,3 +109,8 @@ pub fn certificate_request(data: &[u8]) {
     let roots = Roots::new(vec![ca::fuzzing::root().clone()]);
     assert!(roots.verify_client(&certificate, &[], unix_time(SystemTime::now())).is_ok());
 }
+
+/// A caller's token and the API server's word on it.
+pub fn bearer_token(data: &[u8]) {
+    ca::fuzzing::token(data);
+}

@@ -7,7 +7,7 @@ use std::{net::SocketAddr, num::NonZero, path::PathBuf, sync::Arc, time::Duratio
 
 use super::limits;
 use crate::{
-    identity::{CaHeader, CrlConfig, CrlFailure, TrustDomain},
+    identity::{CaHeader, CrlConfig, CrlFailure, TrustDomain, ca::ServiceAccount},
     telemetry::{Destination, Export, Format},
 };
 
@@ -212,7 +212,11 @@ impl Raw {
     }
 }
 
-fn named(flag: &'static str, value: String, fix: &'static str) -> Result<String, ConfigError> {
+/// Takes a name.
+///
+/// # Errors
+/// When it is empty.
+pub fn named(flag: &'static str, value: String, fix: &'static str) -> Result<String, ConfigError> {
     if value.trim().is_empty() {
         return Err(ConfigError::new(flag, value, "is empty", fix));
     }
@@ -243,6 +247,14 @@ fn directory(flag: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> 
 pub fn trust_domain(value: &str) -> Result<TrustDomain, ConfigError> {
     let fix = "give a name of lower-case letters, digits, dots, dashes and underscores such as cluster.local";
     value.parse().map_err(|error| ConfigError::new("--trust-domain", value, error, fix))
+}
+
+/// Parses a service account, `NAMESPACE/NAME`.
+///
+/// # Errors
+/// When it is none.
+pub fn service_account(flag: &'static str, value: &str) -> Result<ServiceAccount, ConfigError> {
+    value.parse().map_err(|error: String| ConfigError::new(flag, value, error, "give one such as heddle-system/heddle"))
 }
 
 /// Parses every `--trust-domain-alias`.

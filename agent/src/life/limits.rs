@@ -262,7 +262,7 @@ pub const CONFIG_MAP_LOOK: Duration = Duration::from_secs(10);
 /// One call to the API server (duration), and objects in one page of a list (objects).
 pub const KUBE_CALL: Duration = Duration::from_secs(5);
 pub const KUBE_PAGE: u32 = 500;
-/// One watch of the Secret with the signing key (seconds): a connection that went dead without a word is found some seconds after.
+/// One watch of the API server (seconds): a connection that went dead without a word is found some seconds after.
 pub const KUBE_WATCH: u32 = 60;
 /// How long the Lease of the replica that publishes holds without being renewed, and how often it is renewed (duration): two
 /// renewals may fail.
@@ -274,6 +274,40 @@ pub const AGENT_ASK: Duration = Duration::from_secs(5);
 pub const ROTATE_LOOK: Duration = Duration::from_secs(1);
 pub const AGENTS_ASKED: usize = 16;
 pub const AGENT_METRICS: usize = 32 << 20;
+/// What may be found out about one caller of the CA (duration): review, pod and identity, all from the API server at worst.
+/// Less than a node waits for its certificate, so that it hears of an API server that is away.
+pub const CA_AUTHORIZE: Duration = Duration::from_secs(4);
+/// How long the CA takes to refuse (duration), in steps: who is refused does not learn after which question.
+pub const CA_REFUSAL: Duration = Duration::from_millis(100);
+/// How long the API server's word on a good token and on a bad one holds (duration), and how many are kept (tokens): a token a node,
+/// a second one while it is renewed, and 10,000 nodes.
+pub const CA_REVIEW: Duration = Duration::from_secs(10);
+pub const CA_REVIEW_REFUSED: Duration = Duration::from_secs(2);
+pub const CA_REVIEWS: usize = 32_768;
+/// Questions to the API server under way at a time (requests), of reviews and of pods each.
+pub const CA_QUESTIONS: usize = 32;
+/// Pods asked for directly, because the watch has not told of them yet, of one node (questions).
+pub const CA_QUESTIONS_PER_NODE: Rate = Rate { per_second: 5, burst: 100 };
+/// Pods in the answer to one such question (pods): those of one service account on one node that have not finished.
+pub const CA_PODS_ASKED: u32 = 200;
+/// Pods that the CA knows by its watch (pods): Kubernetes is made for 150,000. Others are asked for directly.
+pub const CA_PODS: usize = 200_000;
+/// How long one page of the list of all pods may take (duration).
+pub const CA_LIST: Duration = Duration::from_secs(30);
+/// Backoff of a watch that failed (duration), doubled each time, with jitter.
+pub const CA_WATCH_BACKOFF_MIN: Duration = Duration::from_millis(500);
+pub const CA_WATCH_BACKOFF_MAX: Duration = Duration::from_secs(15);
+/// Identities that a node asks for and has not had within a certificate's lifetime (identities): 60 a minute, and all the pods of a
+/// large node at once when its agent is new.
+pub const CA_NEW_IDENTITIES: Rate = Rate { per_second: 1, burst: 256 };
+/// Certificates for one node (certificates): some hundred identities, each anew as often as an agent restarts.
+pub const CA_CERTIFICATES_PER_NODE: Rate = Rate { per_second: 20, burst: 1_000 };
+/// Nodes of which that is counted (nodes), and identities remembered of each (identities); past them the oldest are forgotten.
+pub const CA_NODES: usize = 16_384;
+pub const CA_IDENTITIES_PER_NODE: usize = 1_024;
+/// Public keys that were signed within a certificate's longest lifetime (keys), 150 bytes each: those of 100,000 pods with a
+/// service account each that renew at half of it, with room. Past it the oldest are forgotten.
+pub const CA_KEYS: usize = 400_000;
 /// How far a certificate is backdated for nodes whose clock is slow (duration); a tenth of its lifetime if that is less.
 pub const CLOCK_SKEW: Duration = Duration::from_secs(120);
 /// Lifetime of the CA's own TLS certificate (duration); it renews itself at half of it.

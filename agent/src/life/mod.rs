@@ -10,9 +10,11 @@
 //! - [`proof`]: one connection that is made to show how a pair of pods is protected
 //! - [`records`]: what the kernel says of its lane's connections, for telemetry
 //! - [`drain`]: how it ends
+//! - [`ca`]: the life of the CA, which is a process of its own
 
 pub mod admin;
 pub mod budget;
+pub mod ca;
 pub mod config;
 mod crl;
 pub mod drain;

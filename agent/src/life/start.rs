@@ -428,7 +428,7 @@ impl Known {
 }
 
 /// Prometheus' text format.
-const EXPOSITION: [(&str, &str); 1] = [("content-type", "text/plain; version=0.0.4; charset=utf-8")];
+pub(super) const EXPOSITION: [(&str, &str); 1] = [("content-type", "text/plain; version=0.0.4; charset=utf-8")];
 
 /// `GET /metrics` and, where Istio's scrapers look, `/stats/prometheus`.
 fn metrics_router(telemetry: Arc<Telemetry>, sources: Sources) -> Router {

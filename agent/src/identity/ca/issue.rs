@@ -13,69 +13,39 @@ use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, pem::PemObj
 use time::OffsetDateTime;
 use x509_parser::{
     certification_request::X509CertificationRequest,
+    cri_attributes::ParsedCriAttribute,
     extensions::{GeneralName, ParsedExtension},
     prelude::FromDer,
 };
 
-use super::root::{Root, pem, random_serial};
+use super::{
+    admission::Approved,
+    authorize::Authorized,
+    refusal::Refusal,
+    root::{Root, pem, random_serial},
+};
 use crate::{
-    identity::{IMPERSONATED_IDENTITY, SpiffeError, SpiffeId, TrustDomain, proto::IstioCertificateRequest, roots::hex},
+    identity::{IMPERSONATED_IDENTITY, SpiffeId, TrustDomain, proto::IstioCertificateRequest, roots::hex},
     life::limits,
 };
 
-/// Why a request was refused. The caller never sees it; the log does.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Refusal {
-    #[error("no bearer token, or the wrong one")]
-    Token,
-    #[error("no token can be right: {0}")]
-    NoToken(String),
-    #[error("no impersonated identity")]
-    NoIdentity,
-    #[error("the impersonated identity is no SPIFFE id: {0}")]
-    BadIdentity(#[from] SpiffeError),
-    #[error("{0} is not of our trust domain")]
-    TrustDomain(SpiffeId),
-    #[error("the CSR has {0} bytes")]
-    TooLarge(usize),
-    #[error("the CSR can't be parsed")]
-    Malformed,
-    #[error("the CSR is not signed by its key")]
-    Signature,
-    #[error("the CSR's key is neither P-256 nor Ed25519")]
-    Key,
-    #[error("the CSR asks for {0}, not for the impersonated identity")]
-    OtherName(String),
-    #[error("the issuing certificate has expired")]
-    Expired,
-    #[error("signing failed: {0}")]
-    Sign(String),
-}
-
-impl Refusal {
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::Token => "wrong_token",
-            Self::NoToken(_) => "token_unreadable",
-            Self::NoIdentity => "no_identity",
-            Self::BadIdentity(_) => "bad_spiffe_id",
-            Self::TrustDomain(_) => "trust_domain",
-            Self::TooLarge(_) => "csr_too_large",
-            Self::Malformed => "csr_malformed",
-            Self::Signature => "csr_signature",
-            Self::Key => "csr_key",
-            Self::OtherName(_) => "csr_other_name",
-            Self::Expired => "issuer_expired",
-            Self::Sign(_) => "sign",
-        }
-    }
-}
-
-/// A request that may be signed.
-pub(super) struct Approved {
-    pub identity: SpiffeId,
+/// A request of an authorized caller whose form is right. Only [`examine`] makes one.
+#[derive(Debug)]
+pub(super) struct Examined {
+    authorized: Authorized,
     public_key: SubjectPublicKeyInfo,
     lifetime: Duration,
+}
+
+impl Examined {
+    pub fn authorized(&self) -> &Authorized {
+        &self.authorized
+    }
+
+    /// The public key, DER.
+    pub fn public_key(&self) -> &[u8] {
+        self.public_key.der_bytes()
+    }
 }
 
 /// A certificate, and what to write to the log about it.
@@ -91,35 +61,36 @@ impl Issued {
     }
 }
 
-/// Everything about a request that can be wrong, but its token.
-pub(super) fn examine(
-    request: &IstioCertificateRequest,
-    trust_domain: &TrustDomain,
-    max_lifetime: Duration,
-) -> Result<Approved, Refusal> {
-    let identity = impersonated(request)?;
+/// Whom the request is for: somebody of our trust domain, and a request of a size that can be right.
+pub(super) fn identity(request: &IstioCertificateRequest, trust_domain: &TrustDomain) -> Result<SpiffeId, Refusal> {
+    if request.csr.len() > limits::CSR_BYTES {
+        return Err(Refusal::TooLarge(request.csr.len()));
+    }
+    let field = request.metadata.as_ref().and_then(|metadata| metadata.fields.get(IMPERSONATED_IDENTITY));
+    let identity: SpiffeId = match field.and_then(|value| value.kind.as_ref()) {
+        Some(Kind::StringValue(text)) => text.parse()?,
+        _ => return Err(Refusal::NoIdentity),
+    };
     if identity.trust_domain() != trust_domain.as_str() {
         return Err(Refusal::TrustDomain(identity));
     }
-    let public_key = public_key(&request.csr, &identity)?;
-    let asked = u64::try_from(request.validity_duration).ok().filter(|seconds| *seconds > 0);
-    let lifetime = asked.map_or(max_lifetime, |seconds| Duration::from_secs(seconds).min(max_lifetime));
-    Ok(Approved { identity, public_key, lifetime })
+    Ok(identity)
 }
 
-fn impersonated(request: &IstioCertificateRequest) -> Result<SpiffeId, Refusal> {
-    let field = request.metadata.as_ref().and_then(|metadata| metadata.fields.get(IMPERSONATED_IDENTITY));
-    match field.and_then(|value| value.kind.as_ref()) {
-        Some(Kind::StringValue(text)) => Ok(text.parse()?),
-        _ => Err(Refusal::NoIdentity),
-    }
+/// Everything about the CSR that can be wrong, for a caller that may have the identity.
+pub(super) fn examine(
+    request: &IstioCertificateRequest,
+    authorized: Authorized,
+    max_lifetime: Duration,
+) -> Result<Examined, Refusal> {
+    let public_key = public_key(&request.csr, authorized.identity())?;
+    let asked = u64::try_from(request.validity_duration).ok().filter(|seconds| *seconds > 0);
+    let lifetime = asked.map_or(max_lifetime, |seconds| Duration::from_secs(seconds).min(max_lifetime));
+    Ok(Examined { authorized, public_key, lifetime })
 }
 
 /// The key of a CSR that proves its possession and asks for no other name.
 fn public_key(csr: &str, identity: &SpiffeId) -> Result<SubjectPublicKeyInfo, Refusal> {
-    if csr.len() > limits::CSR_BYTES {
-        return Err(Refusal::TooLarge(csr.len()));
-    }
     let der = CertificateSigningRequestDer::from_pem_slice(csr.as_bytes()).map_err(|_| Refusal::Malformed)?;
     let (rest, parsed) = X509CertificationRequest::from_der(&der).map_err(|_| Refusal::Malformed)?;
     if !rest.is_empty() {
@@ -131,30 +102,53 @@ fn public_key(csr: &str, identity: &SpiffeId) -> Result<SubjectPublicKeyInfo, Re
         return Err(Refusal::Key);
     }
     parsed.verify_signature().map_err(|_| Refusal::Signature)?;
-    for extension in parsed.requested_extensions().into_iter().flatten() {
+    let mut asked = 0;
+    for extension in requested_extensions(&parsed) {
         match extension {
             ParsedExtension::SubjectAlternativeName(names) => {
+                asked += names.general_names.len();
                 for name in &names.general_names {
                     if !matches!(name, GeneralName::URI(uri) if *uri == identity.as_str()) {
                         return Err(Refusal::OtherName(name.to_string().chars().take(256).collect()));
                     }
                 }
             }
+            // Nothing is copied, so these have no effect: but nobody asks for them in good faith.
+            ParsedExtension::BasicConstraints(constraints) if constraints.ca => {
+                return Err(Refusal::CertificateAuthority);
+            }
+            ParsedExtension::KeyUsage(usage) if usage.key_cert_sign() => return Err(Refusal::CertificateAuthority),
             ParsedExtension::ParseError { .. } => return Err(Refusal::Malformed),
-            // Not copied, so of no effect.
             _ => {}
         }
+    }
+    if asked > 1 {
+        return Err(Refusal::Names(asked));
     }
     Ok(key)
 }
 
+/// Those of every attribute that asks for any, not of the first alone.
+fn requested_extensions<'a>(parsed: &'a X509CertificationRequest<'_>) -> impl Iterator<Item = &'a ParsedExtension<'a>> {
+    parsed
+        .certification_request_info
+        .iter_attributes()
+        .flat_map(|attribute| match attribute.parsed_attribute() {
+            ParsedCriAttribute::ExtensionRequest(requested) => requested.extensions.as_slice(),
+            _ => &[],
+        })
+        .map(|extension| extension.parsed_extension())
+}
+
 /// Signs: the URI SAN (critical, there is no subject), digitalSignature, serverAuth and clientAuth, CA:FALSE.
 pub(super) fn sign(root: &Root, approved: &Approved, now: SystemTime) -> Result<Issued, Refusal> {
+    let Examined { authorized, public_key, lifetime } = approved.request();
     let mut params = CertificateParams::default();
-    params.subject_alt_names =
-        vec![SanType::URI(approved.identity.as_str().try_into().map_err(|error: rcgen::Error| sign_error(&error))?)];
+    params.subject_alt_names = vec![SanType::URI(
+        authorized.identity().as_str().try_into().map_err(|error: rcgen::Error| sign_error(&error))?,
+    )];
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-    issue(root, params, &approved.public_key, approved.lifetime, now)
+    issue(root, params, public_key, *lifetime, now)
 }
 
 /// The CA's own TLS certificate.

@@ -2,14 +2,13 @@
 //!
 //! A Secret that exists is never overwritten here, however little sense it makes: it may be the only copy of a key.
 
-use std::{collections::BTreeMap, path::Path, pin::pin, time::Duration};
+use std::{collections::BTreeMap, pin::pin, time::Duration};
 
 use futures::StreamExt;
 use k8s_openapi::{ByteString, api::core::v1::Secret, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{
     Api, Client,
     api::PostParams,
-    config::{KubeConfigOptions, Kubeconfig},
     runtime::{
         WatchStreamExt,
         watcher::{self, Event, watcher},
@@ -135,23 +134,6 @@ impl SecretSource {
     fn place(&self) -> String {
         format!("{}/{}", self.namespace, self.name)
     }
-}
-
-/// A client of the API server: of this file, or of the cluster that this process runs in.
-///
-/// # Errors
-/// When there is no cluster, or the file names none.
-pub async fn api_client(kubeconfig: Option<&Path>) -> Result<Client, CaError> {
-    let failed = |error: &dyn ToString| CaError::Cluster(error.to_string());
-    let config = match kubeconfig {
-        Some(path) => {
-            let file = Kubeconfig::read_from(path).map_err(|error| failed(&error))?;
-            let options = KubeConfigOptions::default();
-            kube::Config::from_custom_kubeconfig(file, &options).await.map_err(|error| failed(&error))?
-        }
-        None => kube::Config::incluster().map_err(|error| failed(&error))?,
-    };
-    Client::try_from(config).map_err(|error| failed(&error))
 }
 
 /// One call to the API server, with a deadline.

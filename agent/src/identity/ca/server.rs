@@ -16,7 +16,6 @@ use rustls::{
     sign::CertifiedKey,
 };
 use rustls_pki_types::{DnsName, PrivateKeyDer, PrivatePkcs8KeyDer};
-use subtle::ConstantTimeEq;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -25,29 +24,16 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
-use tonic::{
-    Request, Response, Status,
-    metadata::MetadataMap,
-    transport::server::{Connected, Server, TcpConnectInfo},
-};
+use tonic::transport::server::{Connected, Server, TcpConnectInfo};
 use zeroize::Zeroizing;
 
 use super::{
-    CaConfig, CaError,
-    issue::{Issued, Refusal, examine, sign, sign_server},
-    publish::Publisher,
-    root::Root,
-    source::{KeyStatus, Keys},
+    Authorization, CaConfig, CaError, authority::Authority, issue::sign_server, kubernetes::api_client,
+    publish::Publisher, refusal::Refusal, root::Root, source::Keys, vitals::Vitals,
 };
 use crate::{
     identity::{
-        proto::{
-            IstioCertificateRequest, IstioCertificateResponse,
-            istio_certificate_service_server::{IstioCertificateService, IstioCertificateServiceServer},
-        },
-        roots::read_capped,
-        tls::provider,
-        verify::handshake_reason,
+        proto::istio_certificate_service_server::IstioCertificateServiceServer, tls::provider, verify::handshake_reason,
     },
     life::limits,
 };
@@ -59,6 +45,7 @@ pub struct Ca {
     authority: Arc<Authority>,
     publisher: Publisher,
     tls: TlsAcceptor,
+    vitals: Vitals,
 }
 
 impl fmt::Debug for Ca {
@@ -71,9 +58,13 @@ impl Ca {
     /// Makes or loads the root, listens, then publishes the trust bundle: who reads it can connect.
     ///
     /// # Errors
-    /// When the root, a name or the address can't be used.
+    /// When the root, a name, the address or the way to the API server can't be used.
     pub async fn bind(config: CaConfig) -> Result<Self, CaError> {
-        let keys = Arc::new(Keys::open(config.root.clone(), &config.trust_domain, None).await?);
+        let client = match &config.authorization {
+            Authorization::Nodes(nodes) => Some(api_client(nodes.kubeconfig.as_deref()).await?),
+            Authorization::Token(_) => None,
+        };
+        let keys = Arc::new(Keys::open(config.root.clone(), &config.trust_domain, client.as_ref()).await?);
         let own = OwnTls::new(Arc::clone(&keys), &config.names)?;
         let mut tls = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -83,9 +74,11 @@ impl Ca {
         let listen = |error| CaError::Listen(config.listen, error);
         let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
-        let publisher = Publisher::new(Arc::clone(&keys), config.publish_root.clone(), None)?;
-        let authority = Arc::new(Authority { keys, config });
-        Ok(Self { listener, address, authority, publisher, tls: TlsAcceptor::from(Arc::new(tls)) })
+        let cluster = client.as_ref().map(|client| (client.clone(), client.default_namespace()));
+        let publisher = Publisher::new(Arc::clone(&keys), config.publish_root.clone(), cluster)?;
+        let vitals = Vitals::new(Arc::clone(&keys))?;
+        let authority = Arc::new(Authority::new(keys, config, client, vitals.clone())?);
+        Ok(Self { listener, address, authority, publisher, tls: TlsAcceptor::from(Arc::new(tls)), vitals })
     }
 
     /// Where it listens.
@@ -97,13 +90,13 @@ impl Ca {
     /// The trust bundle, PEM.
     #[must_use]
     pub fn root_pem(&self) -> String {
-        self.authority.keys.current().bundle_pem()
+        self.authority.keys().current().bundle_pem()
     }
 
-    /// The signing key in force, and what is wrong with the one that was offered last.
+    /// What it tells of itself, now and while it runs.
     #[must_use]
-    pub fn signing_key(&self) -> KeyStatus {
-        self.authority.keys.status()
+    pub fn vitals(&self) -> Vitals {
+        self.vitals.clone()
     }
 
     /// Answers until `shutdown`, then finishes what is under way within `limits::CA_DRAIN`.
@@ -111,12 +104,13 @@ impl Ca {
     /// # Errors
     /// When the server breaks.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), CaError> {
-        tracing::info!(address = %self.address, trust_domain = %self.authority.config.trust_domain, "CA listens.");
+        tracing::info!(address = %self.address, trust_domain = %self.authority.trust_domain(), "CA listens.");
         let stop = CancellationToken::new();
         let _ends = stop.clone().drop_guard();
+        self.authority.follow(stop.clone());
         let (sender, receiver) = mpsc::channel(1);
         let accept = tokio::spawn(accept(self.listener, self.tls, sender, stop.clone()));
-        let keys = Arc::clone(&self.authority.keys);
+        let keys = Arc::clone(self.authority.keys());
         let following = stop.clone();
         tokio::spawn(async move { keys.follow(following).await });
         let publishing = tokio::spawn(self.publisher.run(stop.clone()));
@@ -224,61 +218,6 @@ impl AsyncWrite for Admitted {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
-}
-
-/// Who signs, for whom, and how long.
-struct Authority {
-    keys: Arc<Keys>,
-    config: CaConfig,
-}
-
-impl Authority {
-    fn create(&self, root: &Root, request: &Request<IstioCertificateRequest>) -> Result<(Issued, String), Refusal> {
-        authorize(request.metadata(), &self.config)?;
-        let approved = examine(request.get_ref(), &self.config.trust_domain, self.config.max_lifetime)?;
-        let issued = sign(root, &approved, SystemTime::now())?;
-        Ok((issued, approved.identity.to_string()))
-    }
-}
-
-#[tonic::async_trait]
-impl IstioCertificateService for Authority {
-    async fn create_certificate(
-        &self,
-        request: Request<IstioCertificateRequest>,
-    ) -> Result<Response<IstioCertificateResponse>, Status> {
-        let peer = request.remote_addr().map(|address| address.to_string()).unwrap_or_default();
-        let root = self.keys.current();
-        match self.create(&root, &request) {
-            Ok((issued, identity)) => {
-                let not_after = humantime::format_rfc3339_seconds(issued.not_after);
-                tracing::info!(peer, identity, serial = issued.serial, %not_after, "Certificate issued.");
-                let cert_chain = std::iter::once(issued.pem()).chain(root.chain_pem()).collect();
-                Ok(Response::new(IstioCertificateResponse { cert_chain }))
-            }
-            Err(refusal) => {
-                tracing::warn!(peer, reason = refusal.reason(), error = %refusal, "Certificate refused.");
-                Err(Status::unauthenticated("request authenticate failure"))
-            }
-        }
-    }
-}
-
-/// The caller holds the token. Which node it is, and what may run there, is for node authorization to say.
-fn authorize(metadata: &MetadataMap, config: &CaConfig) -> Result<(), Refusal> {
-    let expected = Zeroizing::new(
-        read_capped(&config.token_file, limits::TOKEN_BYTES).map_err(|error| Refusal::NoToken(error.to_string()))?,
-    );
-    let expected = expected.trim_ascii();
-    if expected.is_empty() {
-        return Err(Refusal::NoToken("it is empty".to_owned()));
-    }
-    let mut presented = metadata.get_all("authorization").iter();
-    let (Some(token), None) = (presented.next(), presented.next()) else {
-        return Err(Refusal::Token);
-    };
-    let token = token.as_bytes().strip_prefix(b"Bearer ").ok_or(Refusal::Token)?;
-    if bool::from(token.ct_eq(expected)) { Ok(()) } else { Err(Refusal::Token) }
 }
 
 /// The CA's own TLS certificate, made anew by the handshake that finds it half through its life or of another root.

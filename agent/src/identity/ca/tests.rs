@@ -1,9 +1,17 @@
 //! What the CA signs and what it never does.
 
+/// The API server of the lab, and nothing else of it.
+#[path = "../../../../tests/src/apiserver.rs"]
+mod apiserver;
+
+mod admission;
+mod nodes;
+mod off_node;
+
 use std::{
     collections::BTreeMap,
     fs,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use prost_types::{Struct, Value, value::Kind};
@@ -15,8 +23,11 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig};
 use x509_parser::prelude::*;
 
 use super::{
-    Ca, CaConfig, KeySource,
-    issue::{examine, sign},
+    Authorization, Ca, CaConfig, KeySource,
+    admission::{Admission, Approved},
+    authorize::Authorized,
+    issue::{examine, identity, sign},
+    refusal::Refusal,
     root::Root,
 };
 use crate::{
@@ -42,6 +53,13 @@ fn request(csr: String, identity: Option<Kind>, seconds: i64) -> IstioCertificat
         validity_duration: seconds,
         metadata: Some(Struct { fields: BTreeMap::from_iter(fields) }),
     }
+}
+
+/// Passes what a caller that may have any identity passes.
+fn approve(request: &IstioCertificateRequest, longest: Duration) -> Result<Approved, Refusal> {
+    let identity = identity(request, &trust_domain())?;
+    let examined = examine(request, Authorized::unasked(identity), longest)?;
+    Admission::new(longest).admit(examined, Instant::now())
 }
 
 fn named(identity: &str) -> Option<Kind> {
@@ -116,6 +134,21 @@ fn every_abuse_is_refused_for_its_reason() {
             "csr_other_name",
         ),
         (
+            "the same SAN twice",
+            request(csr(|csr| csr.subject_alt_names = vec![uri(WEB), uri(WEB)]), named(WEB), 60),
+            "csr_names",
+        ),
+        (
+            "CA:TRUE",
+            request(csr(|csr| csr.is_ca = IsCa::Ca(BasicConstraints::Unconstrained)), named(WEB), 60),
+            "csr_ca",
+        ),
+        (
+            "keyCertSign",
+            request(csr(|csr| csr.key_usages = vec![KeyUsagePurpose::KeyCertSign]), named(WEB), 60),
+            "csr_ca",
+        ),
+        (
             "DNS SAN",
             request(
                 csr(|csr| {
@@ -127,7 +160,7 @@ fn every_abuse_is_refused_for_its_reason() {
             "csr_other_name",
         ),
     ] {
-        let refusal = examine(&request, &trust_domain(), HOUR).map(|approved| approved.identity).expect_err(what);
+        let refusal = approve(&request, HOUR).expect_err(what);
         assert_eq!(refusal.reason(), reason, "{what}: {refusal}");
     }
 }
@@ -138,12 +171,11 @@ fn nothing_of_a_request_but_its_key_reaches_the_certificate() {
     let greedy = csr(|csr| {
         csr.distinguished_name.push(DnType::CommonName, "admin");
         csr.subject_alt_names = vec![uri(WEB)];
-        csr.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        csr.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        csr.key_usages = vec![KeyUsagePurpose::DataEncipherment];
         csr.extended_key_usages = vec![ExtendedKeyUsagePurpose::CodeSigning];
     });
     let now = SystemTime::now();
-    let approved = examine(&request(greedy.clone(), named(WEB), 600), &trust_domain(), HOUR).unwrap();
+    let approved = approve(&request(greedy.clone(), named(WEB), 600), HOUR).unwrap();
     let issued = sign(&root, &approved, now).unwrap();
     let (_, certificate) = X509Certificate::from_der(&issued.certificate).unwrap();
     let requested = ::pem::parse(&greedy).unwrap();
@@ -168,7 +200,7 @@ fn a_certificate_lasts_what_was_asked_for_within_the_cap_and_the_root() {
     let lasts = |asked: i64, cap: Duration, root: Duration| {
         let root = Root::generate(root, &trust_domain()).unwrap();
         let now = SystemTime::now();
-        let approved = examine(&request(good_csr(), named(WEB), asked), &trust_domain(), cap).unwrap();
+        let approved = approve(&request(good_csr(), named(WEB), asked), cap).unwrap();
         let issued = sign(&root, &approved, now).unwrap();
         let (_, certificate) = X509Certificate::from_der(&issued.certificate).unwrap();
         let (validity, now) = (certificate.validity(), now.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs());
@@ -197,7 +229,7 @@ fn an_ed25519_key_is_signed_too() {
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     let csr = params.serialize_request(&KeyPair::generate_for(&PKCS_ED25519).unwrap()).unwrap().pem().unwrap();
-    let approved = examine(&request(csr, named(WEB), 60), &trust_domain(), HOUR).unwrap();
+    let approved = approve(&request(csr, named(WEB), 60), HOUR).unwrap();
     sign(&root, &approved, SystemTime::now()).unwrap();
 }
 
@@ -219,7 +251,7 @@ fn config(directory: &tempfile::TempDir) -> CaConfig {
         trust_domain: trust_domain(),
         root: KeySource::Memory { lifetime: super::ROOT_LIFETIME },
         publish_root: Some(directory.path().join("root.pem")),
-        token_file: directory.path().join("token"),
+        authorization: Authorization::Token(directory.path().join("token")),
         names: vec!["ca.test".to_owned(), "::1".to_owned()],
         max_lifetime: super::MAX_LIFETIME,
     }

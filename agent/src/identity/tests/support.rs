@@ -32,7 +32,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::identity::{
     CaClientConfig, Certificates, SpiffeId, TrustConfig, TrustDomain, TrustDomains,
-    ca::{Ca, CaConfig, KeySource},
+    ca::{Authorization, Ca, CaConfig, KeySource},
     peer_identity,
     roots::Roots,
     verify::Trust,
@@ -219,7 +219,7 @@ impl Mesh {
             trust_domain: trust_domain(),
             root: KeySource::Files { certificate: self.path("ca.pem"), key: self.path("ca.key"), bundle: None },
             publish_root: Some(self.path("root.pem")),
-            token_file: self.path("token"),
+            authorization: Authorization::Token(self.path("token")),
             names: vec!["localhost".to_owned(), "127.0.0.1".to_owned()],
             max_lifetime: self.lifetime,
         }
