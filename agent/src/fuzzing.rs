@@ -23,7 +23,7 @@ mod tests {
     type Target = fn(&[u8]);
 
     /// Name of a target, of its folder of the corpus, and what it runs.
-    const TARGETS: [(&str, Target); 17] = [
+    const TARGETS: [(&str, Target); 18] = [
         ("admin_query", super::admin_query),
         ("arrival", super::arrival),
         ("bearer_token", super::bearer_token),

@@ -74,6 +74,7 @@ impl Part {
                 RootsError::NotCa(at) => KeyProblem::NotCa(at),
                 RootsError::Pem(what) => KeyProblem::Certificates(what),
                 RootsError::Empty => KeyProblem::Certificates("none".to_owned()),
+                RootsError::Expired => KeyProblem::Certificates(RootsError::Expired.to_string()),
                 RootsError::File(_, what) => KeyProblem::Unreadable(what),
             })
         })
