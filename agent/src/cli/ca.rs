@@ -60,7 +60,7 @@ pub(super) struct Args {
     #[arg(long, env = "HEDDLE_CA_KUBERNETES")]
     kubernetes: bool,
     /// The way to the API server, where this is no pod of the cluster.
-    #[arg(long, env = "HEDDLE_CA_KUBECONFIG", requires = "kubernetes", value_name = "FILE")]
+    #[arg(long, env = "HEDDLE_CA_KUBECONFIG", conflicts_with = "token_file", value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
     /// Audience that agents' tokens must be for.
     #[arg(long, env = "HEDDLE_CA_TOKEN_AUDIENCE", default_value = "istio-ca", value_name = "NAME")]

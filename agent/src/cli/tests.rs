@@ -29,6 +29,16 @@ fn what_cannot_be_parsed_or_cannot_work_ends_with_64_and_help_with_0() {
     for line in [&["heddle"][..], &["heddle", "nonsense"], &["heddle", "agent"], &["heddle", "ca", "--root-key", "k"]] {
         assert_eq!(code(parse_exit_code(&Cli::try_parse_from(line).unwrap_err())), usage, "{line:?}");
     }
+    for line in [
+        &["heddle", "ca"][..],
+        &["heddle", "ca", "--token-file", "t", "--kubernetes"],
+        &["heddle", "ca", "--token-file", "t", "--kubeconfig", "k"],
+    ] {
+        assert_eq!(code(parse_exit_code(&Cli::try_parse_from(line).unwrap_err())), usage, "{line:?}");
+    }
+    let line = ["heddle", "ca", "--kubernetes", "--agent-service-account", "heddle"];
+    let error = Cli::try_parse_from(line).unwrap().run().unwrap_err();
+    assert!(error.to_string().starts_with("--agent-service-account"), "{error}");
     for line in [["heddle", "--help"], ["heddle", "--version"]] {
         let error = Cli::try_parse_from(line).unwrap_err();
         assert_eq!(code(parse_exit_code(&error)), code(std::process::ExitCode::SUCCESS));

@@ -302,6 +302,8 @@ pub const CA_WATCH_BACKOFF_MAX: Duration = Duration::from_secs(15);
 pub const CA_NEW_IDENTITIES: Rate = Rate { per_second: 1, burst: 256 };
 /// Certificates for one node (certificates): some hundred identities, each anew as often as an agent restarts.
 pub const CA_CERTIFICATES_PER_NODE: Rate = Rate { per_second: 20, burst: 1_000 };
+/// How long a node that asks for nothing is remembered at least (duration): by then it has all of that again.
+pub const CA_NODE_MEMORY: Duration = Duration::from_secs(600);
 /// Nodes of which that is counted (nodes), and identities remembered of each (identities); past them the oldest are forgotten.
 pub const CA_NODES: usize = 16_384;
 pub const CA_IDENTITIES_PER_NODE: usize = 1_024;

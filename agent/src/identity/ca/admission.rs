@@ -63,8 +63,8 @@ impl Node {
 }
 
 impl State {
-    fn node(&mut self, node: &Arc<str>, until: Instant, now: Instant) -> Option<&mut Node> {
-        self.nodes.entry(node, until, now, Node::new)
+    fn node(&mut self, node: &Arc<str>, lifetime: Duration, now: Instant) -> Option<&mut Node> {
+        self.nodes.entry(node, now + lifetime.max(limits::CA_NODE_MEMORY), now, Node::new)
     }
 }
 
@@ -80,7 +80,7 @@ impl Admission {
 
     /// Whether the API server may be asked for a pod on behalf of this node.
     pub fn question(&self, node: &Arc<str>, now: Instant) -> Result<(), Refusal> {
-        let free = self.state().node(node, now + self.lifetime, now).is_some_and(|known| known.questions.take(now));
+        let free = self.state().node(node, self.lifetime, now).is_some_and(|known| known.questions.take(now));
         if free { Ok(()) } else { Err(Refusal::Questions(node.to_string())) }
     }
 
@@ -95,7 +95,7 @@ impl Admission {
         }
         if let Some(name) = caller.node() {
             let too_many = || Refusal::Certificates(name.to_string());
-            let node = state.node(name, until, now).ok_or_else(too_many)?;
+            let node = state.node(name, self.lifetime, now).ok_or_else(too_many)?;
             if !node.certificates.take(now) {
                 return Err(too_many());
             }

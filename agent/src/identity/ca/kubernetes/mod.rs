@@ -54,6 +54,7 @@ pub(super) struct Nodes {
 impl Nodes {
     /// Nothing is asked yet.
     pub fn new(config: NodeAuthorization, client: kube::Client, vitals: &Vitals) -> Self {
+        vitals.wait(watch::WAIT);
         Self {
             api: Api::new(client, vitals.clone()),
             pods: Arc::default(),

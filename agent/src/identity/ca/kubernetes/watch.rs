@@ -21,8 +21,8 @@ use super::{
 };
 use crate::{identity::ca::vitals::Vitals, life::limits};
 
-/// What readiness waits for meanwhile.
-const WAIT: &str = "the API server's list of pods";
+/// What readiness waits for until they are known.
+pub(super) const WAIT: &str = "the API server's list of pods";
 
 pub(super) async fn follow(pods: Arc<Pods>, client: Client, vitals: Vitals) {
     let mut backoff = limits::CA_WATCH_BACKOFF_MIN;

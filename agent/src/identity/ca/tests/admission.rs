@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{HOUR, good_csr, named, request};
+use super::{HOUR, named, plain_csr, request};
 use crate::{
     identity::{
         SpiffeId,
@@ -62,7 +62,7 @@ fn a_node_gets_so_many_new_identities_a_minute_and_renewals_beside() {
     let (admission, start) = (Admission::new(HOUR), Instant::now());
     let burst = limits::CA_NEW_IDENTITIES.burst as usize;
     // Each caller and identity has a CSR of its own; the node's first is the same key again, and that is fine.
-    let csrs: Vec<String> = (0..burst + 70).map(|_| good_csr()).collect();
+    let csrs: Vec<String> = (0..burst + 70).map(|_| plain_csr()).collect();
     let admit = |node: &str, account: usize, now: Instant| {
         admission.admit(asked(node, account, &csrs[account]), now).map(drop).map_err(|refusal| refusal.reason())
     };
@@ -89,7 +89,7 @@ fn nodes_do_not_take_from_each_other() {
     let (admission, now) = (Admission::new(HOUR), Instant::now());
     let burst = limits::CA_NEW_IDENTITIES.burst as usize;
     let granted = |node: &str| {
-        (0..burst + 5).filter(|account| admission.admit(asked(node, *account, &good_csr()), now).is_ok()).count()
+        (0..burst + 5).filter(|account| admission.admit(asked(node, *account, &plain_csr()), now).is_ok()).count()
     };
     assert_eq!((granted("node-1"), granted("node-2")), (burst, burst));
 }
@@ -97,7 +97,7 @@ fn nodes_do_not_take_from_each_other() {
 #[test]
 fn a_node_that_asks_without_end_is_slowed_down() {
     let (admission, now) = (Admission::new(HOUR), Instant::now());
-    let csr = good_csr();
+    let csr = plain_csr();
     let burst = limits::CA_CERTIFICATES_PER_NODE.burst;
     let answers: Vec<_> = (0..burst + 3)
         .map(|_| admission.admit(asked("node-1", 0, &csr), now).map_err(|refusal| refusal.reason()))
@@ -109,7 +109,7 @@ fn a_node_that_asks_without_end_is_slowed_down() {
 #[test]
 fn a_key_is_signed_for_one_caller_and_one_identity_within_a_lifetime() {
     let (admission, now) = (Admission::new(HOUR), Instant::now());
-    let csr = good_csr();
+    let csr = plain_csr();
     let admit = |node: &str, account: usize, now: Instant| {
         admission.admit(asked(node, account, &csr), now).map(drop).map_err(|refusal| refusal.reason())
     };

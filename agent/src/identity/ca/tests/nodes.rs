@@ -12,9 +12,9 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig};
 use super::{
     HOUR, WEB,
     apiserver::{ApiServer, Fault, Token, pod},
-    config, good_csr, named,
+    config, named,
     off_node::{agent, pods},
-    request, trust_domain,
+    plain_csr, request, trust_domain,
 };
 use crate::{
     identity::{
@@ -93,7 +93,7 @@ impl Cluster {
 
     /// Asks for an identity in good form.
     async fn get(&self, token: &str, identity: &str) -> Result<Vec<String>, tonic::Code> {
-        self.ask(token, request(good_csr(), named(identity), 60)).await.map_err(|status| status.code())
+        self.ask(token, request(plain_csr(), named(identity), 60)).await.map_err(|status| status.code())
     }
 
     /// `heddle_ca_requests_total`.
@@ -130,7 +130,7 @@ async fn an_api_server_that_is_away_is_an_outage_and_no_refusal() {
         let before = cluster.requests("unavailable", reason);
         cluster.api.break_down(Some(fault));
         let asked = Instant::now();
-        let status = cluster.ask(&token, request(good_csr(), named(WEB), 60)).await.unwrap_err();
+        let status = cluster.ask(&token, request(plain_csr(), named(WEB), 60)).await.unwrap_err();
         let took = asked.elapsed();
         assert_eq!((status.code(), status.message()), (tonic::Code::Unavailable, "try again later"), "{fault:?}");
         assert_eq!(cluster.requests("unavailable", reason), before + 1.0, "{fault:?}");
@@ -245,7 +245,7 @@ async fn a_token_is_reviewed_once_for_all_who_ask_at_once_and_one_that_says_what
 async fn another_cluster_s_agents_are_refused() {
     let cluster = Cluster::start(pods()).await;
     let token = cluster.api.issue(agent());
-    let mut asked = tonic::Request::new(request(good_csr(), named(WEB), 60));
+    let mut asked = tonic::Request::new(request(plain_csr(), named(WEB), 60));
     asked.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
     asked.metadata_mut().insert("clusterid", "elsewhere".parse().unwrap());
     let mut client = IstioCertificateServiceClient::new(cluster.channel.clone());

@@ -12,9 +12,9 @@ use serde_json::{Value, json};
 use super::{
     HOUR, WEB,
     apiserver::{self, Token, pod},
-    csr, good_csr, named,
+    csr, named,
     nodes::Cluster,
-    request, trust_domain, uri,
+    plain_csr, request, trust_domain, uri,
 };
 use crate::{
     identity::ca::{
@@ -78,7 +78,7 @@ pub(super) struct Try {
 }
 
 fn attempt(what: &'static str, token: Token, identity: &str, reasons: &'static [&'static str]) -> Try {
-    Try { what, token, identity: identity.to_owned(), csr: good_csr(), reasons }
+    Try { what, token, identity: identity.to_owned(), csr: plain_csr(), reasons }
 }
 
 /// What must be granted: without it a CA that refuses everybody would pass.
@@ -99,7 +99,7 @@ fn granted() -> Vec<Try> {
 
 /// The 12 rows, and their relatives.
 fn refused() -> Vec<Try> {
-    let replayed = good_csr();
+    let replayed = plain_csr();
     let sans =
         |sans: &'static [&'static str]| csr(|csr| csr.subject_alt_names = sans.iter().map(|san| uri(san)).collect());
     vec![
@@ -161,7 +161,7 @@ fn refused() -> Vec<Try> {
             ..attempt("11 CA:TRUE", agent(), WEB, &["csr_ca"])
         },
         Try {
-            csr: format!("{}{}", good_csr(), "\n".repeat(limits::CSR_BYTES)),
+            csr: format!("{}{}", plain_csr(), "\n".repeat(limits::CSR_BYTES)),
             ..attempt("12 an oversize CSR", agent(), WEB, &["csr_too_large"])
         },
         attempt(
