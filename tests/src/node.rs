@@ -22,7 +22,9 @@ impl Node {
         let node = Self { number, netns: Netns::create(&format!("{prefix}-node{number}"))? };
         node.netns.sysctl(&[("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")])?;
         node.netns.batch(&[
-            "link add pods type bridge stp_state 0 forward_delay 0".to_owned(),
+            // An address of its own, as CNIs give it: else it takes the lowest of its ports', and with each pod that comes or
+            // goes the others may have to ask for their router's again.
+            format!("link add pods address 02:68:65:64:00:{number:02x} type bridge stp_state 0 forward_delay 0"),
             format!("addr add {}/24 dev pods", node.gateway_v4()),
             format!("addr add {}/64 dev pods nodad", node.gateway_v6()),
             "link set pods up".to_owned(),

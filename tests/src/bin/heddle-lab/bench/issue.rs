@@ -162,8 +162,8 @@ mod tests {
         assert_eq!((varint(1), varint(150), varint(3_600)), (vec![1], vec![0x96, 1], vec![0x90, 0x1c]));
         assert_eq!(field(2, b"testing"), [&[0x12, 7][..], b"testing"].concat());
         let framed = message("csr", "id")?;
-        assert_eq!(framed[..5], [0, 0, 0, 0, 41]);
-        assert_eq!(framed.len(), 5 + 41);
+        assert_eq!(framed[..5], [0, 0, 0, 0, 40]);
+        assert_eq!(framed.len(), 5 + 40);
         Ok(())
     }
 }
