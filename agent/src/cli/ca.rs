@@ -47,7 +47,13 @@ pub(super) struct Args {
     )]
     root_dir: Option<PathBuf>,
     /// Secret with the same keys; made, with a new root, where it is absent. Needs --kubernetes.
-    #[arg(long, env = "HEDDLE_CA_ROOT_SECRET", conflicts_with = "root_certificate", value_name = "NAMESPACE/NAME")]
+    #[arg(
+        long,
+        env = "HEDDLE_CA_ROOT_SECRET",
+        conflicts_with = "root_certificate",
+        requires = "kubernetes",
+        value_name = "NAMESPACE/NAME"
+    )]
     root_secret: Option<String>,
     /// Where to write the trust bundle, for the nodes to read.
     #[arg(long, env = "HEDDLE_CA_PUBLISH_ROOT", value_name = "FILE")]

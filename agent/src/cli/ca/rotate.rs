@@ -53,7 +53,7 @@ struct Place {
     #[arg(long, env = "HEDDLE_CA_ROOT_SECRET", value_name = "NAMESPACE/NAME", conflicts_with = "root_dir")]
     root_secret: Option<String>,
     /// How to reach the API server from outside of the cluster.
-    #[arg(long, env = "HEDDLE_KUBECONFIG", value_name = "FILE", requires = "root_secret")]
+    #[arg(long, env = "HEDDLE_CA_KUBECONFIG", value_name = "FILE", requires = "root_secret")]
     kubeconfig: Option<PathBuf>,
 }
 
