@@ -36,7 +36,7 @@ enum Verb {
     /// Run the agent of this node.
     Agent(Box<agent::Args>),
     /// Run the built-in certificate authority.
-    Ca(ca::Args),
+    Ca(Box<ca::Args>),
     /// Show this node's pods and whether they are captured.
     ///
     /// Ends with status 1 when a pod is not captured; with --json only when the agent can't be asked.

@@ -162,7 +162,7 @@ pub(super) fn bound(rules: &Rules, review: &Review) -> Result<Bound, Refusal> {
         return Err(Refusal::TokenRejected(review.error.clone()));
     }
     // A server that knows of no audiences leaves them out: then the token may be for anybody.
-    if !review.audiences.iter().any(|audience| *audience == rules.audience) {
+    if !review.audiences.contains(&rules.audience) {
         return Err(Refusal::TokenAudience { presented: review.audiences.clone(), expected: rules.audience.clone() });
     }
     let stranger = || Refusal::CallerAccount(review.username.clone());

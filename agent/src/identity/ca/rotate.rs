@@ -384,7 +384,7 @@ impl Rotation {
             let stored = self.store.read().await?;
             let view = stored.held.view(now)?;
             let plan = match step {
-                Step::Prepare => view.prepare(&stored.held, &self.new(now)?),
+                Step::Prepare => view.prepare(&stored.held, &self.successor(now)?),
                 Step::Switch => view.switch(&stored.held, &self.agents.ask().await?),
                 Step::Finish => view.finish(&self.agents.ask().await?),
                 Step::Back => view.back(&stored.held, &self.agents.ask().await?),
@@ -408,7 +408,7 @@ impl Rotation {
     }
 
     /// The pair that `Prepare` stores, in the order in which it is written.
-    fn new(&self, now: SystemTime) -> Result<(Root, Write, Write), RotateError> {
+    fn successor(&self, now: SystemTime) -> Result<(Root, Write, Write), RotateError> {
         let (certificate, key) = match &self.given {
             Some(given) => (Zeroizing::new(given.certificate.clone()), given.key.clone()),
             None => {

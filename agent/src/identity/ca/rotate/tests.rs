@@ -219,7 +219,7 @@ async fn a_step_that_was_broken_off_is_finished_by_giving_it_again() {
             let view = stored.held.view(SystemTime::now()).unwrap();
             let seen = stage.rotation.agents.ask().await.unwrap();
             let plan = match step {
-                Step::Prepare => view.prepare(&stored.held, &stage.rotation.new(SystemTime::now()).unwrap()),
+                Step::Prepare => view.prepare(&stored.held, &stage.rotation.successor(SystemTime::now()).unwrap()),
                 Step::Switch => view.switch(&stored.held, &seen),
                 Step::Finish => view.finish(&seen),
                 Step::Back => view.back(&stored.held, &seen),

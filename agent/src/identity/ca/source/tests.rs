@@ -62,8 +62,11 @@ fn expired_root(name: &str) -> TestRoot {
     root
 }
 
-/// Each bad state of a directory: its reason, and what its one line names.
-fn bad_states() -> Vec<(&'static str, &'static str, Box<dyn Fn(&TempDir)>)> {
+/// Reason, what its one line names, and what makes a directory so.
+type BadState = (&'static str, &'static str, Box<dyn Fn(&TempDir)>);
+
+/// Each bad state of a directory.
+fn bad_states() -> Vec<BadState> {
     let other = TestRoot::new("other");
     let other_key = other.key.serialize_pem();
     let (cut, cut_key) = intermediate(&other, "cut off", (-60, DAY));
