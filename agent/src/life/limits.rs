@@ -365,6 +365,9 @@ pub const TCP_HEALTH: Duration = Duration::from_secs(1);
 /// Between two looks at the records of ended kernel-lane connections, where their ring does not ask for one (duration): it holds
 /// 13,000 of them.
 pub const LANE_RECORDS_LOOK: Duration = Duration::from_millis(100);
+/// The same while there is more than [`LANE_RECORDS`] to tell (duration): the lines of few connections find the same memory
+/// again, and it stays in the CPU's cache.
+pub const LANE_RECORDS_BUSY: Duration = Duration::from_millis(20);
 /// Records that are told of at a time (records): a scrape and the command line wait for as many.
 pub const LANE_RECORDS: usize = 256;
 /// Between two looks at the kernel-lane connections that go on (duration).

@@ -232,7 +232,8 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
     tokio::spawn(crl::follow(certificates, registry, readiness.clone(), revoking, stop.clone()));
     tokio::spawn(learn(Arc::clone(&telemetry), view.clone(), stop.clone()));
     let tried = first_pass(readiness.clone());
-    tokio::spawn(records::follow(Arc::clone(&telemetry), context.clone(), tried, serving.clone()));
+    records::start(Arc::clone(&telemetry), context.clone(), tried, serving.clone())
+        .map_err(|error| StartError::System("no thread for the kernel lane's records", error))?;
     tokio::spawn(sweep(telemetry, view.clone(), stop.clone()));
     tokio::spawn(close_idle(context.registry.clone(), stop.clone()));
     tokio::spawn(incomplete(view, readiness.clone(), reading, stop.clone()));

@@ -119,17 +119,16 @@ impl Lane<'_> {
         self.0.lane.around.store(Some(around));
     }
 
-    /// Tells of connections that have ended, a few thousand at most; without waiting for anything but a scrape.
+    /// Tells of connections that have ended, without waiting for anything but a scrape; which waits for it in turn, so that
+    /// [`limits::LANE_RECORDS`] are enough for a call.
     pub fn ended(&self, records: &[Ended]) {
-        for some in records.chunks(limits::LANE_RECORDS) {
-            let mut batch = Batch::default();
-            let mut ledger = self.ledger();
-            for record in some {
-                let denial = self.revoked_of(record.attestation.id);
-                ledger.ended(record, denial, &self.0.metrics.traffic, &mut batch);
-            }
-            self.tell(&batch);
+        let mut batch = Batch::default();
+        let mut ledger = self.ledger();
+        for record in records {
+            let denial = self.revoked_of(record.attestation.id);
+            ledger.ended(record, denial, &self.0.metrics.traffic, &mut batch);
         }
+        self.tell(&batch);
     }
 
     /// Looks at the connections that go on; `table` reads the kernel's table of them, or can't.
