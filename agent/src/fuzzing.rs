@@ -8,6 +8,7 @@
 pub use crate::{
     capture::fuzzing::capture,
     cluster::fuzzing::manifests,
+    cni::fuzzing::cni,
     identity::fuzzing::{
         bearer_token, ca_answer, certificate_request, peer_certificate, revocation_lists, spiffe, trust_bundle,
     },
@@ -23,13 +24,14 @@ mod tests {
     type Target = fn(&[u8]);
 
     /// Name of a target, of its folder of the corpus, and what it runs.
-    const TARGETS: [(&str, Target); 18] = [
+    const TARGETS: [(&str, Target); 19] = [
         ("admin_query", super::admin_query),
         ("arrival", super::arrival),
         ("bearer_token", super::bearer_token),
         ("ca_answer", super::ca_answer),
         ("capture", super::capture),
         ("certificate_request", super::certificate_request),
+        ("cni", super::cni),
         ("connect_target", super::connect_target),
         ("flags", super::flags),
         ("frames", super::frames),

@@ -14,11 +14,14 @@
 //! - [`telemetry`]: what happened: metrics and the access log
 //! - [`life`]: start, enrolment, readiness, drain, limits
 //! - [`cli`]: what an operator types
+//!
+//! Beside the journey: [`cni`], by which a container runtime asks before a pod starts.
 #![deny(unsafe_code)]
 
 pub mod capture;
 pub mod cli;
 pub mod cluster;
+pub mod cni;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 pub mod identity;

@@ -131,6 +131,10 @@ struct Left {
 fn prepare(node: &Node, spec: &PodSpec, previous: Option<&Live>) -> Result<Prepared, CaptureError> {
     let name = &spec.name;
     let netns = Arc::new(Netns::open(&spec.place.netns, &node.home).map_err(at(name, Step::Netns))?);
+    if spec.place.netns_inode.is_some_and(|known| known != netns.inode()) {
+        let gone = io::Error::new(io::ErrorKind::NotFound, "it is another network namespace by now");
+        return Err(at(name, Step::Netns)(gone));
+    }
     let cgroup = Arc::new(Cgroup::open(&spec.place.cgroup).map_err(at(name, Step::Cgroup))?);
     let recorded = node.pins.record(&spec.uid);
     let wanted = previous.map(|live| live.slot).or(recorded.as_ref().map(|record| record.slot));

@@ -60,6 +60,9 @@ enum Verb {
     Policy(policy::Verb),
     /// Take heddle's programs, routes and pins away from every pod of this node.
     Uninstall(uninstall::Args),
+    /// Be the CNI plugin: what a container runtime asks with, as CNI_COMMAND and stdin say. The program heddle-cni does the same.
+    #[command(hide = true)]
+    Cni,
     /// Connect as a process of a pod would, and print what answers. Started by the agent.
     #[command(hide = true)]
     Probe(probe::Args),
@@ -81,6 +84,7 @@ impl Cli {
             Verb::Proof(args) => args.run(),
             Verb::Policy(verb) => verb.run(),
             Verb::Uninstall(args) => args.run(),
+            Verb::Cni => Ok(crate::cni::plugin::main()),
             Verb::Probe(args) => args.run(),
         }
     }

@@ -55,6 +55,9 @@ pub(super) fn text(status: &Status) -> String {
         status.node,
         status.version
     ));
+    if let Some(problem) = &status.cni_problem {
+        text.push_str(&format!("cni problem: {}\n", plain(problem)));
+    }
     for PathLine { from, to, reason, detail } in &status.unproven_paths {
         text.push_str(&format!("no lane from {from} to {to}: {reason}: {}\n", plain(detail)));
     }

@@ -12,7 +12,7 @@ use std::{
 use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 
 use super::{
-    AnnotatedPlaces, Locality, Objects, Places, PolicyGap, SameNode, Snapshot, Unattended, Warning, Workload,
+    AnnotatedPlaces, Locality, Objects, Place, Places, PolicyGap, SameNode, Snapshot, Unattended, Warning, Workload,
     enrolment::{self, Wish},
     naming, services,
 };
@@ -58,7 +58,10 @@ pub fn index(parts: &[Arc<Objects>], settings: &Settings, generation: u64) -> Sn
 
     let mut workloads: HashMap<Arc<str>, Arc<Workload>> = HashMap::with_capacity(pods.len());
     let mut holders: HashMap<IpAddr, (&Pod, Arc<Workload>)> = HashMap::with_capacity(pods.len());
+    let mut memberships = BTreeMap::new();
     for namespace in namespaces.values() {
+        let labels = namespace.metadata.labels.as_ref();
+        memberships.insert(name_of(&namespace.metadata).into(), enrolment::membership(labels));
         warn_of_unclear_wish("Namespace", &namespace.metadata, &mut warnings);
         if let Err(message) = same_node(&namespace.metadata) {
             let object = object("Namespace", &namespace.metadata);
@@ -102,6 +105,7 @@ pub fn index(parts: &[Arc<Objects>], settings: &Settings, generation: u64) -> Sn
         root_namespace: Arc::clone(&settings.root_namespace),
         trust_domains: Arc::clone(&settings.trust_domains),
         localities: Arc::new(nodes.values().filter_map(|node| locality(&node.metadata)).collect()),
+        namespaces: Arc::new(memberships),
         warnings,
     }
 }
@@ -208,7 +212,12 @@ fn workload(
     if matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")) {
         return None;
     }
-    let addresses = addresses(pod);
+    let place = settings.places.locate(pod);
+    // What the CNI has just said is newer than what the status says.
+    let addresses = match &place {
+        Some(Place { addresses, .. }) if !addresses.is_empty() => addresses.clone(),
+        _ => addresses(pod),
+    };
     if addresses.is_empty() {
         return None;
     }
@@ -233,7 +242,7 @@ fn workload(
         when_unattended: when_unattended(pod, warnings),
         same_node: same_node_of(pod, namespace, warnings),
         naming: naming::name(pod),
-        place: settings.places.locate(pod),
+        place,
     })
 }
 

@@ -27,10 +27,10 @@ pub use index::{Settings, index};
 pub(crate) use manifests::{Directory, duplicates, list, text};
 pub use manifests::{InForce, ManifestError, Problem};
 pub use objects::Objects;
-pub use places::{AnnotatedPlaces, Places};
+pub use places::{AnnotatedPlaces, Announcement, NodePlaces, Places};
 pub(crate) use read::{Found, Manifest, read};
 pub use snapshot::{
-    Distribution, Endpoint, InvalidPolicy, Locality, Naming, Place, PolicyGap, PolicyKind, SameNode, Service,
-    ServicePort, Snapshot, Unattended, View, Warning, Workload,
+    Distribution, Endpoint, InvalidPolicy, Locality, Membership, Naming, Place, PolicyGap, PolicyKind, SameNode,
+    Service, ServicePort, Snapshot, Unattended, View, Warning, Workload,
 };
 pub use watch::{Source, SourceError};

@@ -1,10 +1,20 @@
 //! Where the node keeps a pod: its netns and cgroup, asked through one small trait.
 //!
 //! It only names paths. Whether they exist, and belong to the pod, is capture's to find out.
+//!
+//! - [`AnnotatedPlaces`]: the pod's own annotations say it
+//! - [`NodePlaces`]: found by the pod's uid, among the processes and cgroups of the node
+
+mod cgroups;
+mod node;
+mod scan;
 
 use std::{fmt, path::PathBuf};
 
 use k8s_openapi::api::core::v1::Pod;
+use tokio::sync::watch;
+
+pub use node::{Announcement, NodePlaces};
 
 use super::Place;
 
@@ -17,6 +27,12 @@ pub const CGROUP: &str = "lab.heddle.dev/cgroup";
 pub trait Places: Send + Sync + fmt::Debug {
     /// `None` where the pod is not on this node, or not found yet.
     fn locate(&self, pod: &Pod) -> Option<Place>;
+
+    /// Rises whenever a pod may be found elsewhere than before: a source indexes again then. `None` where that depends on the
+    /// objects alone.
+    fn changes(&self) -> Option<watch::Receiver<u64>> {
+        None
+    }
 }
 
 /// Places that the pod's own annotations name, [`NETNS`] and [`CGROUP`]: for pods that no container runtime made.
@@ -28,6 +44,6 @@ impl Places for AnnotatedPlaces {
     fn locate(&self, pod: &Pod) -> Option<Place> {
         let annotations = pod.metadata.annotations.as_ref()?;
         let absolute = |key| annotations.get(key).map(PathBuf::from).filter(|path| path.is_absolute());
-        Some(Place { netns: absolute(NETNS)?, cgroup: absolute(CGROUP)? })
+        Some(Place { netns: absolute(NETNS)?, cgroup: absolute(CGROUP)?, ..Place::default() })
     }
 }

@@ -40,6 +40,8 @@ pub struct Snapshot {
     pub trust_domains: Arc<[Arc<str>]>,
     /// Where nodes are, by name; nodes that don't say are left out.
     pub localities: Arc<HashMap<Arc<str>, Locality>>,
+    /// The namespaces that there are, and what each says of its pods.
+    pub namespaces: Arc<BTreeMap<Arc<str>, Membership>>,
     /// What indexing found odd, and how it took it. For people: nothing decides by them.
     pub warnings: Vec<Warning>,
 }
@@ -67,6 +69,7 @@ impl Snapshot {
             root_namespace,
             trust_domains,
             localities,
+            namespaces,
             warnings,
         } = self;
         *workloads == other.workloads
@@ -80,6 +83,7 @@ impl Snapshot {
             && *root_namespace == other.root_namespace
             && *trust_domains == other.trust_domains
             && *localities == other.localities
+            && *namespaces == other.namespaces
             && *warnings == other.warnings
     }
 }
@@ -219,6 +223,17 @@ pub enum SameNode {
     Mtls,
 }
 
+/// What a namespace says of its pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Membership {
+    /// They are in the mesh, unless they opt out.
+    Enrolled,
+    /// They are not, unless they opt in.
+    Unsaid,
+    /// None of them is.
+    OptedOut,
+}
+
 /// How telemetry calls a workload. Empty means unknown.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Naming {
@@ -234,12 +249,16 @@ pub struct Naming {
 }
 
 /// A pod's netns and cgroup on this node.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Place {
     /// File that opens the network namespace, such as `/var/run/netns/x` or `/proc/<pid>/ns/net`.
     pub netns: PathBuf,
+    /// Inode of that network namespace, where it is known: a pid may be given again before the file is opened.
+    pub netns_inode: Option<u64>,
     /// Folder in a cgroup v2 hierarchy that holds every process of the pod.
     pub cgroup: PathBuf,
+    /// The pod's addresses as its CNI made them, before the API server knows any; empty where the pod's status says it.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// A Kubernetes Service with its endpoints.

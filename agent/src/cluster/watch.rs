@@ -64,6 +64,10 @@ impl Source {
         let (wake, woken) = sync_channel(1);
         // Watched before it is read, so that nothing changes unseen in between.
         let writing = Arc::new(AtomicBool::new(false));
+        let moved = Arc::new(AtomicBool::new(false));
+        if let Some(changes) = settings.places.changes() {
+            follow_places(changes, wake.clone(), Arc::clone(&moved)).map_err(SourceError::Thread)?;
+        }
         let mut watcher = Watched::new(path.clone(), wake.clone(), Arc::clone(&writing));
         let mut directory = Directory::new(path.clone());
         directory.scan().map_err(|error| SourceError::Directory { directory: path, error })?;
@@ -82,7 +86,8 @@ impl Source {
                     break;
                 }
                 watcher.renew();
-                update(&mut directory, &settings, &snapshots, &problems_sender);
+                let moved = moved.swap(false, Ordering::Relaxed);
+                update(&mut directory, moved, &settings, &snapshots, &problems_sender);
             }
         };
         thread::Builder::new().name("manifests".into()).spawn(follow).map_err(SourceError::Thread)?;
@@ -122,17 +127,31 @@ fn wait(woken: &Receiver<()>, writing: &AtomicBool) {
     }
 }
 
-/// Looks at the directory and publishes what is new.
+/// Wakes the thread when a pod may be found elsewhere than before. Its own thread ends with the places.
+fn follow_places(mut changes: watch::Receiver<u64>, wake: SyncSender<()>, moved: Arc<AtomicBool>) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    let following = async move {
+        while changes.changed().await.is_ok() {
+            moved.store(true, Ordering::Relaxed);
+            // A full channel wakes the thread just as well.
+            let _already_woken = wake.try_send(());
+        }
+    };
+    thread::Builder::new().name("moved-pods".into()).spawn(move || runtime.block_on(following)).map(drop)
+}
+
+/// Looks at the directory and publishes what is new; `moved` is whether pods may be found elsewhere than before.
 fn update(
     directory: &mut Directory,
+    moved: bool,
     settings: &Settings,
     snapshots: &watch::Sender<Arc<Snapshot>>,
     problems: &watch::Sender<Arc<[Problem]>>,
 ) {
     let changed = directory.scan();
     let found: Arc<[Problem]> = match changed {
-        Ok(false) => return,
-        Ok(true) | Err(_) => directory.problems().into(),
+        Ok(false) if !moved => return,
+        Ok(_) | Err(_) => directory.problems().into(),
     };
     if *found != **problems.borrow() {
         tell(&found, &problems.borrow());

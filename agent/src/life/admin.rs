@@ -48,6 +48,9 @@ pub struct Status {
     /// What readiness waits for.
     pub waiting_for: Vec<String>,
     pub pods: Vec<PodLine>,
+    /// Why the runtime does not ask before it starts a pod of the mesh, where it should.
+    #[serde(default)]
+    pub cni_problem: Option<String>,
     /// Pairs of pods whose connections go through the agent, because nobody can show that packets go straight from one to the other.
     #[serde(default)]
     pub unproven_paths: Vec<PathLine>,
@@ -292,11 +295,11 @@ async fn explain(
 /// Why there is no admin socket.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
-    #[error("another agent answers at {}: stop it first, or give another --admin-socket", .0.display())]
+    #[error("another agent answers at {}: stop it first, or give another path", .0.display())]
     Taken(PathBuf),
-    #[error("{} is there and is no socket: remove it, or give another --admin-socket", .0.display())]
+    #[error("{} is there and is no socket: remove it, or give another path", .0.display())]
     NotASocket(PathBuf),
-    #[error("admin socket {}: {error}", path.display())]
+    #[error("socket {}: {error}", path.display())]
     Io { path: PathBuf, error: io::Error },
 }
 
@@ -352,6 +355,11 @@ impl Socket {
         Ok(Self { listener: Some(listener), path: path.to_owned(), inode })
     }
 
+    /// The listener, for who answers there otherwise than by HTTP; the file stays as long as this does.
+    pub(super) fn take_listener(&mut self) -> Option<UnixListener> {
+        self.listener.take()
+    }
+
     /// Answers until `stop`, then removes the file.
     pub async fn serve(mut self, answers: Answers, stop: CancellationToken) {
         let own = nix::unistd::geteuid().as_raw();
@@ -372,7 +380,7 @@ impl Drop for Socket {
         if fs::symlink_metadata(&self.path).is_ok_and(|metadata| metadata.ino() == self.inode)
             && let Err(error) = fs::remove_file(&self.path)
         {
-            tracing::warn!(path = %self.path.display(), %error, "Admin socket can't be removed");
+            tracing::warn!(path = %self.path.display(), %error, "Socket can't be removed");
         }
     }
 }

@@ -5,8 +5,9 @@
 
 use std::{net::SocketAddr, num::NonZero, path::PathBuf, sync::Arc, time::Duration};
 
-use super::limits;
+use super::{cni::CniConfig, limits};
 use crate::{
+    cni,
     identity::{CaHeader, CrlConfig, CrlFailure, TrustDomain, ca::ServiceAccount},
     telemetry::{Destination, Export, Format},
 };
@@ -35,6 +36,23 @@ pub struct Raw {
     /// Directory of Kubernetes manifests (YAML), followed for changes.
     #[arg(long, env = "HEDDLE_MANIFESTS", value_name = "DIR")]
     pub manifests: PathBuf,
+    /// How a pod's network namespace and cgroup are found on this node.
+    #[arg(long, env = "HEDDLE_PLACES", value_enum, default_value = "annotated", value_name = "HOW")]
+    pub places: PlacesBy,
+    /// Folder of what the agent keeps over its restarts, the same for the agent and for the node: the CNI plugin reads there who is
+    /// enrolled.
+    #[arg(long, env = "HEDDLE_STATE_DIR", default_value = cni::STATE_DIR, value_name = "DIR")]
+    pub state_dir: PathBuf,
+    /// Unix socket at which the CNI plugin asks; the same path for the agent and for the node.
+    #[arg(long, env = "HEDDLE_CNI_SOCKET", default_value = cni::SOCKET, value_name = "FILE")]
+    pub cni_socket: PathBuf,
+    /// The node's folder of CNI configuration, as the agent sees it: heddle-cni is put at the end of its first list, and pods of the
+    /// mesh start once they are captured. Needs --places node [default: none, and pods are captured a moment after they start].
+    #[arg(long, env = "HEDDLE_CNI_CONF_DIR", value_name = "DIR")]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// The node's folder of CNI plugins, as the agent sees it: heddle-cni is copied there [default: somebody else does].
+    #[arg(long, env = "HEDDLE_CNI_BIN_DIR", value_name = "DIR")]
+    pub cni_bin_dir: Option<PathBuf>,
     /// SPIFFE trust domain of the mesh.
     #[arg(long, env = "HEDDLE_TRUST_DOMAIN", default_value = TRUST_DOMAIN, value_name = "NAME")]
     pub trust_domain: String,
@@ -119,11 +137,23 @@ pub struct Raw {
     pub workers: Option<String>,
 }
 
+/// How pods are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum PlacesBy {
+    /// By their uid, among the processes and cgroups of the node, as kubelet and its runtimes name them.
+    Node,
+    /// By annotations of the pods, lab.heddle.dev/netns and lab.heddle.dev/cgroup: for pods that no runtime made.
+    Annotated,
+}
+
 /// A configuration that can work.
 #[derive(Debug, Clone)]
 pub struct Config {
     pub node: Arc<str>,
     pub manifests: PathBuf,
+    pub places: PlacesBy,
+    /// `None` where no CNI asks.
+    pub cni: Option<CniConfig>,
     pub trust_domain: TrustDomain,
     pub trust_domain_aliases: Vec<TrustDomain>,
     /// Where revocation lists come from; `None` asks for none.
@@ -176,6 +206,8 @@ impl Raw {
         Ok(Config {
             node: named("--node", self.node, "give the node's name, as in spec.nodeName of its pods")?.into(),
             manifests: directory("--manifests", self.manifests)?,
+            places: self.places,
+            cni: cni(self.places, self.cni_socket, self.state_dir, self.cni_conf_dir, self.cni_bin_dir)?,
             trust_domain: trust_domain(&self.trust_domain)?,
             trust_domain_aliases: aliases(&self.trust_domain_alias, &self.trust_domain)?,
             crl: self.crl.map(|path| CrlConfig { path, failure: self.crl_failure }),
@@ -196,7 +228,7 @@ impl Raw {
             ca_headers: self.ca_header.iter().map(|text| ca_header(text)).collect::<Result<_, _>>()?,
             certificate_lifetime: lifetime("--certificate-lifetime", &self.certificate_lifetime)?,
             bpffs: absolute("--bpffs", self.bpffs, "give an absolute path such as /sys/fs/bpf/heddle")?,
-            admin_socket: socket(self.admin_socket)?,
+            admin_socket: socket("--admin-socket", self.admin_socket)?,
             metrics_listen: listen("--metrics-listen", &self.metrics_listen)?,
             readiness_listen: listen("--readiness-listen", &self.readiness_listen)?,
             log_format: self.log_format,
@@ -358,8 +390,36 @@ pub fn listen(flag: &'static str, value: &str) -> Result<SocketAddr, ConfigError
         .map_err(|error| ConfigError::new(flag, value, error, "give IP:PORT, such as 127.0.0.1:15020 or [::]:15020"))
 }
 
-fn socket(path: PathBuf) -> Result<PathBuf, ConfigError> {
-    let flag = "--admin-socket";
+fn cni(
+    places: PlacesBy,
+    at: PathBuf,
+    state_dir: PathBuf,
+    conf_dir: Option<PathBuf>,
+    bin_dir: Option<PathBuf>,
+) -> Result<Option<CniConfig>, ConfigError> {
+    const CONF: &str = "--cni-conf-dir";
+    const BIN: &str = "--cni-bin-dir";
+    let state_dir = absolute("--state-dir", state_dir, "give an absolute path such as /var/lib/heddle")?;
+    let socket = socket("--cni-socket", at)?;
+    let Some(conf_dir) = conf_dir else {
+        return match bin_dir {
+            None => Ok(None),
+            Some(path) => {
+                let problem = "is given without --cni-conf-dir";
+                Err(ConfigError::new(BIN, path.to_string_lossy(), problem, "give both, or none"))
+            }
+        };
+    };
+    if places != PlacesBy::Node {
+        let problem = "is given without --places node, so a pod that is asked about could not be found";
+        return Err(ConfigError::new(CONF, conf_dir.to_string_lossy(), problem, "give both, or none"));
+    }
+    let conf_dir = absolute(CONF, conf_dir, "give an absolute path such as /etc/cni/net.d")?;
+    let bin_dir = bin_dir.map(|path| absolute(BIN, path, "give an absolute path such as /opt/cni/bin")).transpose()?;
+    Ok(Some(CniConfig { socket, state_dir, bin_dir, conf_dir }))
+}
+
+fn socket(flag: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {
     let path = absolute(flag, path, "give an absolute path such as /run/heddle/admin.sock")?;
     if path.as_os_str().len() > SOCKET_PATH {
         return Err(ConfigError::new(

@@ -43,27 +43,40 @@ pub(super) enum News {
 
 /// The state of every pod that should be captured. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Pods(Arc<Mutex<BTreeMap<Arc<str>, PodReport>>>);
+pub struct Pods(Arc<Mutex<BTreeMap<Arc<str>, Stated>>>);
+
+/// A pod's state, and of what it is the state.
+#[derive(Debug, Clone)]
+struct Stated {
+    report: PodReport,
+    /// What was attached.
+    of: Option<PodSpec>,
+}
 
 impl Pods {
     /// All of them by uid, without the kernel's counters.
     #[must_use]
     pub fn list(&self) -> Vec<PodReport> {
-        self.table().values().cloned().collect()
+        self.table().values().map(|stated| stated.report.clone()).collect()
     }
 
-    fn set(&self, pod: &Workload, state: PodState) {
-        let before = self.table().insert(
-            Arc::clone(&pod.uid),
-            PodReport {
-                uid: Arc::clone(&pod.uid),
-                namespace: Arc::clone(&pod.namespace),
-                name: Arc::clone(&pod.name),
-                state: state.clone(),
-                counts: heddle_common::PodCounts::default(),
-            },
-        );
-        if before.is_some_and(|before| before.state == state) {
+    /// A pod's state, and where and with which addresses it was attached.
+    #[must_use]
+    pub fn proof(&self, uid: &str) -> Option<(PodState, Option<PodSpec>)> {
+        self.table().get(uid).map(|stated| (stated.report.state.clone(), stated.of.clone()))
+    }
+
+    /// `of` is what was attached.
+    pub(super) fn set(&self, pod: &Workload, state: PodState, of: Option<&PodSpec>) {
+        let report = PodReport {
+            uid: Arc::clone(&pod.uid),
+            namespace: Arc::clone(&pod.namespace),
+            name: Arc::clone(&pod.name),
+            state: state.clone(),
+            counts: heddle_common::PodCounts::default(),
+        };
+        let before = self.table().insert(Arc::clone(&pod.uid), Stated { report, of: of.cloned() });
+        if before.is_some_and(|before| before.report.state == state) {
             return;
         }
         let (namespace, name) = (&pod.namespace, &pod.name);
@@ -80,7 +93,7 @@ impl Pods {
         self.table().remove(uid);
     }
 
-    fn table(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, PodReport>> {
+    fn table(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Stated>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -177,7 +190,11 @@ impl<S: Stages> Keeper<S> {
                     self.shared.stages.captured(&self.uid, false).await;
                     let detail = "nobody serves the pod's listener".to_owned();
                     if let Wanted::Enrolled(pod) = &*wanted.borrow() {
-                        self.shared.pods.set(pod, PodState::Uncaptured { reason: "not_served", detail });
+                        self.shared.pods.set(
+                            pod,
+                            PodState::Uncaptured { reason: "not_served", detail },
+                            self.spec.as_ref(),
+                        );
                     }
                 }
             }
@@ -207,7 +224,7 @@ impl<S: Stages> Keeper<S> {
         let state = self.attempt(pod).await;
         let captured = state == PodState::Captured;
         self.shared.stages.captured(&self.uid, captured).await;
-        self.shared.pods.set(pod, state);
+        self.shared.pods.set(pod, state, self.spec.as_ref());
         if captured {
             self.failures = 0;
             // Spread, so that the proofs of many pods do not come all at once.
@@ -236,7 +253,7 @@ impl<S: Stages> Keeper<S> {
                 Ok(Err(error)) => return uncaptured(error.reason(), error.to_string()),
                 Ok(Ok(attached)) => {
                     if self.service.is_none() {
-                        self.shared.pods.set(pod, PodState::Attached);
+                        self.shared.pods.set(pod, PodState::Attached, None);
                     }
                     let stop = CancellationToken::new();
                     let task = tokio::spawn(self.shared.stages.serve(Arc::clone(pod), attached, stop.clone()));

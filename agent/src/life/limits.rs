@@ -208,6 +208,49 @@ pub const MANIFEST_POLL: Duration = Duration::from_secs(2);
 /// `serviceAccounts` in one source of an AuthorizationPolicy (names), as Istio's API has it.
 pub const SERVICE_ACCOUNTS: usize = 16;
 
+/// Between two looks for the pods of this node, where nothing asks for one (duration), and while one is asked for that was not
+/// found (duration): its runtime has not made it yet. A look costs some 10 µs a process.
+pub const PLACES_POLL: Duration = Duration::from_secs(5);
+pub const PLACES_POLL_MISSING: Duration = Duration::from_millis(500);
+/// After a look (duration): pods that come together are looked for together.
+pub const PLACES_PAUSE: Duration = Duration::from_millis(20);
+/// Processes that one look takes in (processes), cgroups in which no process of a pod is yet (folders), and how deep they may be
+/// (levels): a kubelet within a kubelet has its pods at the seventh.
+pub const PLACES_PROCESSES: usize = 131_072;
+pub const PLACES_FOLDERS: usize = 32_768;
+pub const PLACES_DEPTH: usize = 8;
+/// Pods whose network was made and in which nothing was seen to run (pods), each an open file, and how long they are believed to
+/// start yet (duration).
+pub const PLACES_ANNOUNCED: usize = 512;
+pub const PLACES_ANNOUNCED_AGE: Duration = Duration::from_secs(600);
+
+// CNI
+
+/// How long the plugin waits for the agent (duration), unless its entry says otherwise: kubelet tries again after it.
+pub const CNI_WAIT: Duration = Duration::from_secs(10);
+/// Longest wait that an entry may ask for (duration): a runtime gives up after two minutes.
+pub const CNI_WAIT_MAX: Duration = Duration::from_secs(90);
+/// How much earlier than the plugin the agent gives up (duration), so that its answer still arrives.
+pub const CNI_MARGIN: Duration = Duration::from_millis(500);
+/// Longest message between plugin and agent (bytes), longest configuration that a runtime may hand to the plugin (bytes).
+pub const CNI_MESSAGE: usize = 64 << 10;
+pub const CNI_STDIN: usize = 4 << 20;
+/// From an accepted connection of the plugin to its complete question (duration).
+pub const CNI_QUESTION: Duration = Duration::from_secs(2);
+/// Questions under way (requests): kubelet starts a node's pods all at once. Others are told to try again.
+pub const CNI_REQUESTS: usize = 512;
+/// Largest file of the node's CNI configuration (bytes), and most files that are looked at (files).
+pub const CNI_LIST: u64 = 1 << 20;
+pub const CNI_LISTS: usize = 256;
+/// The plugin is compared with what is installed by so much at a time (bytes).
+pub const CNI_COPY: usize = 64 << 10;
+/// The node's CNI configuration is looked at this often even when inotify says nothing (duration).
+pub const CNI_POLL: Duration = Duration::from_secs(5);
+/// After a change of it (duration): a CNI that writes its list takes several steps.
+pub const CNI_QUIET: Duration = Duration::from_millis(50);
+/// Largest file of what is known of enrolment (bytes): some 100,000 namespaces.
+pub const CNI_KNOWN: u64 = 16 << 20;
+
 // identity
 
 /// Trust bundle file: largest (bytes), and how often it and the wall clock are looked at (duration).

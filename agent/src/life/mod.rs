@@ -7,6 +7,7 @@
 //! - [`enrol`] follows the snapshot; [`keeper`] keeps one pod captured, served and proven
 //! - `crl`: what revocation does to readiness and to what peers have open
 //! - [`readiness`], [`admin`]: what is told of it, over [`http`]
+//! - [`cni`]: answers the CNI plugin before a pod starts
 //! - [`proof`]: one connection that is made to show how a pair of pods is protected
 //! - [`records`]: what the kernel says of its lane's connections, for telemetry
 //! - [`drain`]: how it ends
@@ -15,6 +16,7 @@
 pub mod admin;
 pub mod budget;
 pub mod ca;
+pub mod cni;
 pub mod config;
 mod crl;
 pub mod drain;

@@ -18,7 +18,8 @@ use tokio_util::sync::CancellationToken;
 use super::{
     admin::{AdminError, Answers, CertificateLine, ConnectionLine, PathLine, PodLine, Socket, Status, Trust},
     budget::{Budget, Machine, memory_available},
-    config::{self, Config},
+    cni::{Asked, CniStatus, Gate},
+    config::{self, Config, PlacesBy},
     crl,
     drain::drain,
     enrol::{Enrolment, Journey},
@@ -32,7 +33,7 @@ use super::{
 };
 use crate::{
     capture::{self, CaptureConfig, CaptureError, ProbeCommand},
-    cluster::{self, SourceError},
+    cluster::{self, NodePlaces, SourceError},
     identity::{CaClientConfig, Certificates, IdentityError, TrustConfig},
     policy::{self, Rulebook},
     telemetry::{AccessLog, Destination, IdentityReport, PodReport, Sources, Telemetry, TelemetryError},
@@ -164,13 +165,19 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
     let admin = Socket::bind(&config.admin_socket).await?;
     let metrics = bind(config.metrics_listen).await?;
     let ready = bind(config.readiness_listen).await?;
+    let cni = CniStatus::default();
+    let gate = match config.cni.clone() {
+        Some(config) => Some(Gate::bind(config, &readiness, cni.clone()).await?),
+        None => None,
+    };
     let serving = CancellationToken::new();
     tokio::spawn(http::serve(ready, readiness::router(readiness.clone()), |_| true, serving.clone()));
 
     let capture =
         capture::Handle::start(CaptureConfig { bpffs: config.bpffs.clone(), probe: ProbeCommand::default() }).await?;
     drop(mapping);
-    let (view, source) = read_cluster(&config).await?;
+    let places = find_pods(&config).await?;
+    let (view, source) = read_cluster(&config, places.clone()).await?;
     let ca = CaClientConfig {
         address: config.ca_address.clone(),
         server_name: config.ca_name.clone(),
@@ -213,6 +220,7 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
         readiness: readiness.clone(),
         telemetry: Arc::clone(&telemetry),
         lane: lane.clone(),
+        cni,
     };
     tokio::spawn(http::serve(
         metrics,
@@ -223,6 +231,10 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
     let admin = tokio::spawn(admin.serve(known.answers(), serving.clone()));
 
     let stop = CancellationToken::new();
+    if let (Some(gate), Some(places)) = (gate, places) {
+        let asked = Asked { node: Arc::clone(&config.node), view: view.clone(), places, pods: pods.clone() };
+        gate.run(asked, &stop).map_err(|error| StartError::System("can't keep the CNI plugin installed", error))?;
+    }
     tokio::spawn(lane.clone().follow(misses, stop.clone()));
     let journey = Journey { tunnel: context.clone(), lane };
     let enrolment = Enrolment::new(journey, Arc::clone(&config.node), pods, enrolling, stop.clone());
@@ -267,14 +279,34 @@ async fn bind(address: std::net::SocketAddr) -> Result<TcpListener, StartError> 
     TcpListener::bind(address).await.map_err(|error| StartError::Listen(address, error))
 }
 
+/// Looking for pods blocks.
+async fn find_pods(config: &Config) -> Result<Option<NodePlaces>, StartError> {
+    let failed = |error| StartError::System("can't look for this node's pods", error);
+    let node = Arc::clone(&config.node);
+    match config.places {
+        PlacesBy::Annotated => Ok(None),
+        PlacesBy::Node => tokio::task::spawn_blocking(move || NodePlaces::start(node))
+            .await
+            .map_err(|error| failed(error.into()))?
+            .map(Some)
+            .map_err(failed),
+    }
+}
+
 /// Reading the directory blocks.
-async fn read_cluster(config: &Config) -> Result<(cluster::View, cluster::Source), StartError> {
+async fn read_cluster(
+    config: &Config,
+    places: Option<NodePlaces>,
+) -> Result<(cluster::View, cluster::Source), StartError> {
     let manifests = config.manifests.clone();
-    let settings = cluster::Settings {
+    let mut settings = cluster::Settings {
         root_namespace: Arc::clone(&config.root_namespace),
         trust_domains: config::names(&config.trust_domain, &config.trust_domain_aliases),
         ..cluster::Settings::default()
     };
+    if let Some(places) = places {
+        settings.places = Arc::new(places);
+    }
     tokio::task::spawn_blocking(move || cluster::Source::start(manifests, settings))
         .await
         .map_err(|error| StartError::System("can't read the manifests", error.into()))?
@@ -309,6 +341,7 @@ struct Known {
     readiness: Readiness,
     telemetry: Arc<Telemetry>,
     lane: Lane<capture::Lane>,
+    cni: CniStatus,
 }
 
 impl Known {
@@ -404,6 +437,7 @@ impl Known {
                     ready: waiting_for.is_empty(),
                     waiting_for: waiting_for.into_iter().map(Cow::into_owned).collect(),
                     pods,
+                    cni_problem: self.cni.problem().map(|(reason, detail)| format!("{reason}: {detail}")),
                     unproven_paths: lane.paths.iter().map(PathLine::from).collect(),
                     manifest_problems: self
                         .problems

@@ -58,6 +58,7 @@ impl Pair2 {
             place: crate::cluster::Place {
                 netns: Path::new("/var/run/netns").join(world.out_ns()),
                 cgroup: cgroup.clone(),
+                ..Default::default()
             },
             ..world.spec()
         };

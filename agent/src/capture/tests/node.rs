@@ -119,7 +119,11 @@ impl Node {
             uid: UIDS[pod].into(),
             name: UIDS[pod].into(),
             addresses: vec![V4[pod], V6[pod]],
-            place: Place { netns: Path::new("/var/run/netns").join(self.ns(pod)), cgroup: self.cgroups[pod].clone() },
+            place: Place {
+                netns: Path::new("/var/run/netns").join(self.ns(pod)),
+                cgroup: self.cgroups[pod].clone(),
+                ..Place::default()
+            },
             when_unattended: Unattended::Closed,
         }
     }

@@ -97,7 +97,8 @@ async fn a_pod_that_can_not_be_captured_is_refused_with_a_reason() {
     }
     let world = World::new();
     let handle = world.start().await;
-    let place = |netns: &str, cgroup: &Path| Place { netns: netns.into(), cgroup: cgroup.to_owned() };
+    let place =
+        |netns: &str, cgroup: &Path| Place { netns: netns.into(), cgroup: cgroup.to_owned(), ..Place::default() };
     let ns = format!("/var/run/netns/{}", world.pod_ns());
     let cases = [
         (PodSpec { addresses: vec![], ..world.spec() }, "spec"),

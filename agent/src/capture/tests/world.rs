@@ -111,7 +111,11 @@ impl World {
             uid: "default/web.1".into(),
             name: "default/web.1".into(),
             addresses: vec![POD4, POD6],
-            place: Place { netns: Path::new("/var/run/netns").join(self.pod_ns()), cgroup: self.cgroup.clone() },
+            place: Place {
+                netns: Path::new("/var/run/netns").join(self.pod_ns()),
+                cgroup: self.cgroup.clone(),
+                ..Place::default()
+            },
             when_unattended: Unattended::Closed,
         }
     }

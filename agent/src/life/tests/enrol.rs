@@ -172,7 +172,7 @@ fn pod(uid: &str) -> Workload {
     Workload {
         uid: uid.into(),
         addresses: vec![IpAddr::from([10, 0, 0, uid.as_bytes()[0]])],
-        place: Some(Place { netns: "/netns".into(), cgroup: "/cgroup".into() }),
+        place: Some(Place { netns: "/netns".into(), cgroup: "/cgroup".into(), ..Place::default() }),
         ..Workload::named("shop", uid)
     }
 }
