@@ -169,6 +169,7 @@ pub struct AgentOptions {
     pub drain_grace: String,
     /// Most open files of the agent; as the lab's own where absent.
     pub files: Option<u64>,
+    /// More arguments; `{node}` stands for the node's name, `{dir}` for the lab's folder.
     pub extra: Vec<String>,
 }
 
@@ -227,7 +228,8 @@ impl Agent {
         ] {
             args.extend([flag.to_owned(), value.to_owned()]);
         }
-        args.extend(options.extra.iter().cloned());
+        let here = |arg: &String| arg.replace("{node}", &name).replace("{dir}", &dir.display().to_string());
+        args.extend(options.extra.iter().map(here));
         let mut daemon = Daemon::new(&format!("agent-{name}"), &node.netns, cgroup_root, &dir.join("logs"), args)?;
         daemon.place.files = options.files;
         Ok(Self { daemon, netns: node.netns.clone(), dir: dir.to_owned(), admin, access_log, bpffs })

@@ -20,6 +20,7 @@ use crate::{
     agent::{Agent, AgentOptions, Ca, TRUST_DOMAIN},
     capture::Recording,
     certificates::{Root, replace},
+    containerd::{AGENT_ARGS, CniFolders},
     manifests::{self, Manifests},
     node::Node,
     pod::{Pod, PodBuilder},
@@ -78,6 +79,8 @@ pub struct LabBuilder {
     options: AgentOptions,
     /// Revocation lists are asked for, and what happens while they can't be used.
     crl: Option<String>,
+    /// Nodes have folders of CNI plugins and configuration, for a containerd.
+    containers: bool,
 }
 
 impl LabBuilder {
@@ -121,6 +124,13 @@ impl LabBuilder {
     pub fn revocation(mut self, failure: &str) -> Self {
         self.crl = Some(failure.to_owned());
         self
+    }
+
+    /// Nodes are made for a containerd each ([`crate::containerd::Containerd`]), and agents find pods by their cgroups.
+    #[must_use]
+    pub fn containers(mut self) -> Self {
+        self.containers = true;
+        self.agent_args(&AGENT_ARGS)
     }
 
     /// More arguments for every agent.
@@ -186,7 +196,7 @@ impl Lab {
 
     #[must_use]
     pub fn builder() -> LabBuilder {
-        LabBuilder { nodes: 2, agents: vec![1, 2], options: AgentOptions::default(), crl: None }
+        LabBuilder { nodes: 2, agents: vec![1, 2], options: AgentOptions::default(), crl: None, containers: false }
     }
 
     fn raise(&mut self, wanted: &LabBuilder) -> Result<()> {
@@ -195,6 +205,9 @@ impl Lab {
         for number in 1..=wanted.nodes {
             let node = Node::create(&ground.claim.prefix, number)?;
             ground.manifests.apply(&manifests::node(&node.name(), &node.addresses()))?;
+            if wanted.containers {
+                CniFolders::of(&ground.claim.dir, &node.name()).write(&node)?;
+            }
             ground.nodes.push(node);
         }
         if let [first, second] = ground.nodes.as_slice() {
@@ -304,6 +317,11 @@ impl Lab {
     #[must_use]
     pub fn claim(&self) -> &Claim {
         &self.ground.claim
+    }
+
+    /// Writes the Namespace, enrolled, when it is first spoken of.
+    pub fn need_namespace(&self, name: &str) -> Result<()> {
+        self.ground.need_namespace(name)
     }
 
     /// Writes or replaces an AuthorizationPolicy.

@@ -24,6 +24,7 @@ pub mod call;
 pub mod capture;
 pub mod certificates;
 pub mod cgroup;
+pub mod containerd;
 pub mod hostile;
 pub mod http;
 pub mod kernel;

@@ -5,6 +5,8 @@ mod ca;
 mod certificates;
 mod churn;
 mod clean;
+mod containerd;
+mod containerd_claims;
 mod fairness;
 mod halfclose;
 mod identity;

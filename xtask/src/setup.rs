@@ -7,10 +7,10 @@ use anyhow::{Context, Result, ensure};
 
 use crate::console::{is_root, show, target};
 
-/// A program and the Debian package that has it.
+/// A program, or its whole path where it is in no folder of `PATH`, and the Debian package that has it.
 type Program = (&'static str, &'static str);
 
-const PROGRAMS: [Program; 9] = [
+const PROGRAMS: [Program; 12] = [
     ("ip", "iproute2"),
     ("tcpdump", "tcpdump"),
     ("nft", "nftables"),
@@ -20,6 +20,9 @@ const PROGRAMS: [Program; 9] = [
     ("bpftool", "bpftool"),
     ("promtool", "prometheus"),
     ("strace", "strace"),
+    ("containerd", "containerd"),
+    ("runc", "runc"),
+    ("/usr/lib/cni/bridge", "containernetworking-plugins"),
 ];
 /// What only the bench needs.
 const BENCH: [Program; 2] = [("iperf3", "iperf3"), ("wrk", "wrk")];

@@ -16,6 +16,7 @@ mod outlive;
 mod pace;
 mod paced;
 mod packet;
+mod pause;
 mod scan;
 mod script;
 mod serve;
@@ -172,6 +173,10 @@ enum Verb {
         #[arg(long)]
         key: std::path::PathBuf,
     },
+    /// Do nothing until told to end: what holds a pod's namespaces.
+    Pause,
+    /// Drop `linux.resources` of an OCI bundle's configuration.
+    WithoutResources { config: std::path::PathBuf },
     #[command(flatten)]
     Hostile(hostile::Verb),
 }
@@ -220,6 +225,8 @@ async fn run(verb: Verb) -> anyhow::Result<()> {
             tell(&hbone::client(to, &authority, cert.zip(key), &say).await)
         }
         Verb::HboneServer { port, cert, key } => hbone::server(port, &cert, &key).await,
+        Verb::Pause => pause::run().await,
+        Verb::WithoutResources { config } => pause::without_resources(&config),
         Verb::Hostile(verb) => hostile::run(verb).await,
     }
 }
