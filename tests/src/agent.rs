@@ -29,6 +29,8 @@ const START: Duration = Duration::from_secs(20);
 pub struct Daemon {
     name: String,
     args: Vec<String>,
+    /// What runs it, such as `setpriv` with its arguments; empty where it runs by itself.
+    wrapper: Vec<String>,
     place: Place,
     running: Mutex<Option<Process>>,
 }
@@ -45,7 +47,7 @@ impl Daemon {
         let folder = cgroup_root.join(name);
         cgroup::make(&folder)?;
         let place = Place { netns: Some(netns.path()), cgroup: Some(folder), logs: logs.to_owned(), files: None };
-        Ok(Self { name: name.to_owned(), args, place, running: Mutex::new(None) })
+        Ok(Self { name: name.to_owned(), args, wrapper: Vec::new(), place, running: Mutex::new(None) })
     }
 
     fn running(&self) -> MutexGuard<'_, Option<Process>> {
@@ -54,7 +56,10 @@ impl Daemon {
 
     /// Starts it, not waiting for anything.
     pub fn spawn(&self) -> Result<()> {
-        *self.running() = Some(Process::start(&self.place, &self.name, binaries::heddle()?, &self.args)?);
+        let own = utf8(&binaries::heddle()?)?.to_owned();
+        let line: Vec<String> = self.wrapper.iter().chain([&own]).chain(&self.args).cloned().collect();
+        let (program, args) = line.split_first().context("no program")?;
+        *self.running() = Some(Process::start(&self.place, &self.name, program, args)?);
         Ok(())
     }
 
@@ -171,11 +176,19 @@ pub struct AgentOptions {
     pub files: Option<u64>,
     /// More arguments; `{node}` stands for the node's name, `{dir}` for the lab's folder.
     pub extra: Vec<String>,
+    /// What runs it, with arguments; it must become the agent, not be its parent.
+    pub wrapper: Vec<String>,
 }
 
 impl Default for AgentOptions {
     fn default() -> Self {
-        Self { certificate_lifetime: "1h".to_owned(), drain_grace: "1s".to_owned(), files: None, extra: Vec::new() }
+        Self {
+            certificate_lifetime: "1h".to_owned(),
+            drain_grace: "1s".to_owned(),
+            files: None,
+            extra: Vec::new(),
+            wrapper: Vec::new(),
+        }
     }
 }
 
@@ -232,6 +245,7 @@ impl Agent {
         args.extend(options.extra.iter().map(here));
         let mut daemon = Daemon::new(&format!("agent-{name}"), &node.netns, cgroup_root, &dir.join("logs"), args)?;
         daemon.place.files = options.files;
+        daemon.wrapper.clone_from(&options.wrapper);
         Ok(Self { daemon, netns: node.netns.clone(), dir: dir.to_owned(), admin, access_log, bpffs })
     }
 

@@ -140,6 +140,13 @@ impl LabBuilder {
         self
     }
 
+    /// What every agent is run by, with arguments: something that becomes the agent.
+    #[must_use]
+    pub fn agents_under(mut self, wrapper: &[&str]) -> Self {
+        self.options.wrapper = wrapper.iter().map(|part| (*part).to_owned()).collect();
+        self
+    }
+
     /// Builds it, and waits until CA and agents are ready.
     pub fn start(self) -> Result<Lab> {
         raise_file_limit()?;

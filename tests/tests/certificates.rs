@@ -252,7 +252,7 @@ fn check_tells_what_fails_and_what_will_by_its_exit_status_too() -> Result {
     };
     // The lab's root lasts 30 days, less what has passed since.
     wait_serial(agent, &pod, "", Duration::from_secs(10))?;
-    let (status, found) = agent.ask_json(&["check"])?;
+    let (status, found) = agent.ask_json(&["check", "--area", "agent"])?;
     assert_eq!((status, reasons(&found)), (Some(0), vec!["root_ends_soon".to_owned()]), "{found}");
     let scrape = agent.metrics()?;
     let identity = pod.identity();
@@ -268,15 +268,15 @@ fn check_tells_what_fails_and_what_will_by_its_exit_status_too() -> Result {
 
     lab.ca()?.daemon.kill()?;
     let expired = until(Duration::from_secs(20), "the certificate's end", || {
-        let (status, found) = agent.ask_json(&["check"]).ok()?;
+        let (status, found) = agent.ask_json(&["check", "--area", "agent"]).ok()?;
         (status == Some(1)).then_some(found)
     })?;
     assert_eq!(reasons(&expired), ["certificate_expired", "root_ends_soon"], "{expired}");
-    let text = agent.ask(&["check"])?;
-    assert!(!text.status.success() && text.stdout.contains("1 errors, 1 warnings"), "{text:?}");
+    let text = agent.ask(&["check", "--area", "agent"])?;
+    assert!(!text.status.success() && text.stdout.contains("1 errors, 1 warnings, 0 passed"), "{text:?}");
     lab.ca()?.start()?;
     until(Duration::from_secs(20), "the certificate again", || {
-        agent.ask_json(&["check"]).ok().filter(|(status, _)| *status == Some(0)).map(drop)
+        agent.ask_json(&["check", "--area", "agent"]).ok().filter(|(status, _)| *status == Some(0)).map(drop)
     })?;
 
     // A trust bundle that is none is an error, and what was trusted stays in force. The CA would publish a good one again.
@@ -285,7 +285,7 @@ fn check_tells_what_fails_and_what_will_by_its_exit_status_too() -> Result {
     fs::write(bundle.with_extension("new"), "nonsense")?;
     fs::rename(bundle.with_extension("new"), &bundle)?;
     until(Duration::from_secs(10), "the broken bundle", || {
-        let (status, found) = agent.ask_json(&["check"]).ok()?;
+        let (status, found) = agent.ask_json(&["check", "--area", "agent"]).ok()?;
         (status == Some(1) && reasons(&found).iter().any(|reason| reason == "roots_invalid")).then_some(())
     })?;
     assert_eq!(agent.metrics()?.sum("heddle_trust_bundle_problems", &[("reason", "roots_invalid")]), 1.0);

@@ -7,6 +7,7 @@ mod churn;
 mod clean;
 mod containerd;
 mod containerd_claims;
+mod deploy;
 mod fairness;
 mod halfclose;
 mod identity;

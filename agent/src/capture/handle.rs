@@ -12,6 +12,7 @@ pub use super::{caller::Caller, error::CaptureError, load::AttachedProgram, port
 use super::{
     connect,
     enrol::{self, blocking},
+    kernel,
     lane::Lane,
     load::{self, Object},
     maps::Maps,
@@ -271,6 +272,10 @@ impl Handle {
 fn open(config: CaptureConfig) -> Result<(Node, OwnedFd, u32), CaptureError> {
     let home =
         Home::here().map_err(|source| CaptureError::Bpffs { path: "/proc/thread-self/ns/net".into(), source })?;
+    if let Err(error) = kernel::allow_memory() {
+        // From Linux 5.11 on nobody asks; before, the kernel refuses the maps, and that is told.
+        tracing::debug!(%error, "Limit of locked memory not raised");
+    }
     let pins = Pins::open(&config.bpffs)?;
     let (object, program, id) =
         Object::open(&pins.maps()).map_err(|detail| CaptureError::Programs { pod: Arc::from("none yet"), detail })?;

@@ -18,11 +18,13 @@ use std::{
 const MAP_LOOKUP_ELEM: libc::c_long = 1;
 const MAP_UPDATE_ELEM: libc::c_long = 2;
 const MAP_DELETE_ELEM: libc::c_long = 3;
+const PROG_LOAD: libc::c_long = 5;
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
 const PROG_GET_FD_BY_ID: libc::c_long = 13;
 const MAP_GET_FD_BY_ID: libc::c_long = 14;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const PROG_QUERY: libc::c_long = 16;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
 const MAP_LOOKUP_BATCH: libc::c_long = 24;
@@ -33,6 +35,9 @@ const LINK_TYPE_NETNS: u32 = 5;
 
 /// `BPF_NOEXIST`: refuse to replace.
 pub const NO_EXIST: u64 = 1;
+
+/// Most programs of one kind on a cgroup (`BPF_CGROUP_MAX_PROGS`).
+const MAX_CGROUP_PROGRAMS: usize = 64;
 
 /// Most maps that one program may use (`MAX_USED_MAPS`).
 const MAX_USED_MAPS: usize = 64;
@@ -129,6 +134,36 @@ struct ElementAttr {
     flags: u64,
 }
 
+/// The `query` part of `union bpf_attr`, as Linux 4.15 has it.
+#[repr(C)]
+struct QueryAttr {
+    target: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    programs: u64,
+    count: u32,
+    padding: u32,
+}
+
+/// The part of `union bpf_attr` for loading, up to the expected attach type (Linux 4.17).
+#[repr(C)]
+#[derive(Default)]
+struct LoadAttr {
+    kind: u32,
+    instructions_count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+    interface: u32,
+    expected_attach_type: u32,
+}
+
 /// The `batch` part of `union bpf_attr` (Linux 5.6).
 #[repr(C)]
 struct BatchAttr {
@@ -195,6 +230,12 @@ fn number(fd: &impl AsFd) -> u32 {
 
 fn path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+/// Lets this process have maps of any size: before Linux 5.11 they count as locked memory, whoever it is that makes them.
+pub fn allow_memory() -> io::Result<()> {
+    use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+    Ok(setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)?)
 }
 
 /// Gives `object` a name in bpffs; it lives as long as the name does.
@@ -277,6 +318,48 @@ pub fn read_only_data(map: u32, length: usize) -> io::Result<Vec<u8>> {
     element(MAP_LOOKUP_ELEM, &map, 0, value.as_mut_ptr() as u64, 0)?;
     value.truncate(length);
     Ok(value)
+}
+
+/// The programs of a kind that hang on a cgroup or netns itself, in the order in which they run, and how they were attached
+/// (`BPF_F_ALLOW_OVERRIDE`, `BPF_F_ALLOW_MULTI`, or neither).
+pub fn attached(target: &impl AsFd, hook: Hook) -> io::Result<(Vec<u32>, u32)> {
+    let mut programs = vec![0_u32; MAX_CGROUP_PROGRAMS];
+    let mut attr = QueryAttr {
+        target: number(target),
+        attach_type: hook as u32,
+        query_flags: 0,
+        attach_flags: 0,
+        programs: programs.as_mut_ptr() as u64,
+        count: MAX_CGROUP_PROGRAMS as u32,
+        padding: 0,
+    };
+    bpf(PROG_QUERY, &mut attr)?;
+    programs.truncate(attr.count as usize);
+    Ok((programs, attr.attach_flags))
+}
+
+/// Loads a program that only says yes, and lets it go: whether the kernel has programs of this kind.
+pub fn try_load(hook: Hook) -> io::Result<()> {
+    /// `r0 = 1; exit`.
+    const YES: [u64; 2] = [0x0000_0001_0000_00b7, 0x0000_0000_0000_0095];
+    const SOCK_OPS: u32 = 13;
+    const CGROUP_SOCK_ADDR: u32 = 18;
+    const SK_LOOKUP: u32 = 30;
+    let (kind, expected_attach_type) = match hook {
+        // Its attach type is asked for when it is attached.
+        Hook::SockOps => (SOCK_OPS, 0),
+        Hook::Lookup => (SK_LOOKUP, hook as u32),
+        _ => (CGROUP_SOCK_ADDR, hook as u32),
+    };
+    let mut attr = LoadAttr {
+        kind,
+        instructions_count: YES.len() as u32,
+        instructions: YES.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        expected_attach_type,
+        ..LoadAttr::default()
+    };
+    owned(bpf(PROG_LOAD, &mut attr)?).map(drop)
 }
 
 fn element(command: libc::c_long, map: &impl AsFd, key: u32, value: u64, flags: u64) -> io::Result<()> {

@@ -6,6 +6,7 @@
 
 pub mod caller;
 mod connect;
+pub mod container;
 mod destinations;
 mod destroy;
 mod enrol;
@@ -15,6 +16,7 @@ pub(crate) mod fuzzing;
 mod handle;
 mod kernel;
 mod lane;
+pub mod leftovers;
 mod load;
 mod maps;
 mod messages;
@@ -27,6 +29,7 @@ pub mod probe;
 mod prove;
 mod route;
 mod socket;
+pub mod survey;
 mod sysctl;
 #[cfg(test)]
 mod tests;

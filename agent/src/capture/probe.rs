@@ -34,7 +34,7 @@ pub const DESTINATIONS: [IpAddr; 2] =
 /// Any port would do.
 const PORT: u16 = HBONE_PORT;
 /// Folder below the pod's cgroup: processes may not be in a cgroup that distributes resources to children.
-const CGROUP: &str = "heddle-probe";
+pub(super) const CGROUP: &str = "heddle-probe";
 
 /// How to start a process that calls [`run`] and prints the token as 32 hexadecimal digits on a line: the program with
 /// `arguments`, then `--netns FILE --cgroup FOLDER --to ADDRESS:PORT`.

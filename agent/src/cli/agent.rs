@@ -13,6 +13,11 @@ pub(super) struct Args {
 }
 
 impl Args {
+    /// Whether it can work.
+    pub fn validate(self) -> Result<(), config::ConfigError> {
+        self.config.validate().map(drop)
+    }
+
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let config = self.config.validate()?;
         let _written_at_the_end = log::start(config.log_format).context("can't start the log")?;

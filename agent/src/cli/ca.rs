@@ -146,6 +146,12 @@ impl Args {
         })
     }
 
+    /// Whether it can work.
+    pub fn validate(self) -> Result<(), ConfigError> {
+        listen("--metrics-listen", &self.metrics_listen)?;
+        self.config().map(drop)
+    }
+
     pub fn run(self) -> anyhow::Result<ExitCode> {
         if let Some(Verb::Rotate(step)) = self.verb {
             return step.run();

@@ -8,9 +8,11 @@ mod ca;
 mod certs;
 mod check;
 mod connections;
+mod install;
 mod policy;
 mod probe;
 mod proof;
+mod reach;
 mod status;
 mod table;
 #[cfg(test)]
@@ -45,10 +47,11 @@ enum Verb {
     Connections(connections::Args),
     /// Show the certificates that this node's agent holds, and what signed them.
     Certs(ask::Ask),
-    /// Show what is wrong with this node's certificates, roots and trust files, or will be within 30 days.
+    /// Show whether heddle can work on this node and in this cluster, and what is wrong, or will be within 30 days.
     ///
-    /// Ends with status 1 when there is an error.
-    Check(ask::Ask),
+    /// Looks at the node's kernel, at its agent where one runs, and at the cluster where there is a kubeconfig: before heddle is
+    /// installed and after. Ends with status 1 when there is an error.
+    Check(Box<check::Args>),
     /// Show by a connection how a pair of pods is protected.
     ///
     /// Connects from pod A to pod B as A's app would, and shows what the agents of both saw of that connection. Ask the agent
@@ -58,8 +61,10 @@ enum Verb {
     /// Check policies before they are applied, and explain decisions.
     #[command(subcommand)]
     Policy(policy::Verb),
-    /// Take heddle's programs, routes and pins away from every pod of this node.
-    Uninstall(uninstall::Args),
+    /// Print the manifests that install heddle into a cluster: `heddle install | kubectl apply -f -`.
+    Install(Box<install::Args>),
+    /// Take heddle's programs, routes, pins and files away from this node, or show that nothing is left.
+    Uninstall(Box<uninstall::Args>),
     /// Be the CNI plugin: what a container runtime asks with, as CNI_COMMAND and stdin say. The program heddle-cni does the same.
     #[command(hide = true)]
     Cni,
@@ -69,6 +74,18 @@ enum Verb {
 }
 
 impl Cli {
+    /// Whether what the agent or the CA is told can work, as far as that can be said without starting it.
+    ///
+    /// # Errors
+    /// The first value that can't work.
+    fn validate(self) -> Result<(), ConfigError> {
+        match self.verb {
+            Verb::Agent(args) => args.validate(),
+            Verb::Ca(args) => args.validate(),
+            _ => Ok(()),
+        }
+    }
+
     /// Does what was asked.
     ///
     /// # Errors
@@ -80,9 +97,10 @@ impl Cli {
             Verb::Status(ask) => status::run(&ask),
             Verb::Connections(args) => args.run(),
             Verb::Certs(ask) => certs::run(&ask),
-            Verb::Check(ask) => check::run(&ask),
+            Verb::Check(args) => args.run(),
             Verb::Proof(args) => args.run(),
             Verb::Policy(verb) => verb.run(),
+            Verb::Install(args) => args.run(),
             Verb::Uninstall(args) => args.run(),
             Verb::Cni => Ok(crate::cni::plugin::main()),
             Verb::Probe(args) => args.run(),

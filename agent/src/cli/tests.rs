@@ -187,7 +187,7 @@ fn a_check_of_what_is_well_finds_nothing_and_of_each_fault_exactly_that() {
     use Severity::{Error, Warning};
     let well = roots(400 * DAY);
     assert_eq!(of(&sound, &well), []);
-    assert_eq!(check::text(&[]), "0 errors, 0 warnings\n");
+    assert_eq!(check::text(&[]), "0 errors, 0 warnings, 0 passed\n");
     for (certificate, severity, reason) in [
         (certificate("a", "missing", None, ""), Warning, "certificate_missing"),
         (certificate("a", "missing", None, "CA refused"), Error, "certificate_missing"),
@@ -227,7 +227,7 @@ fn a_check_of_what_is_well_finds_nothing_and_of_each_fault_exactly_that() {
     assert_eq!(found.iter().map(|finding| finding.severity).collect::<Vec<_>>(), [Error, Warning], "errors first");
     let text = check::text(&found);
     assert!(text.contains("error     crl_expired              revocation lists  since 1h\n"), "{text}");
-    assert!(text.ends_with("\n1 errors, 1 warnings\n"), "{text}");
+    assert!(text.ends_with("\n1 errors, 1 warnings, 0 passed\n"), "{text}");
 }
 
 #[test]

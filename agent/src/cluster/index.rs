@@ -34,6 +34,8 @@ pub struct Settings {
     pub trust_domains: Arc<[Arc<str>]>,
     /// DNS domain of the cluster's Services.
     pub cluster_domain: Arc<str>,
+    /// Of pods that say nothing of it, nor their namespace.
+    pub same_node: SameNode,
     pub places: Arc<dyn Places>,
 }
 
@@ -43,6 +45,7 @@ impl Default for Settings {
             root_namespace: "istio-system".into(),
             trust_domains: Arc::default(),
             cluster_domain: "cluster.local".into(),
+            same_node: SameNode::default(),
             places: Arc::new(AnnotatedPlaces),
         }
     }
@@ -240,7 +243,7 @@ fn workload(
         ready: status.conditions.iter().flatten().any(ready),
         terminating: pod.metadata.deletion_timestamp.is_some(),
         when_unattended: when_unattended(pod, warnings),
-        same_node: same_node_of(pod, namespace, warnings),
+        same_node: same_node_of(pod, namespace, settings.same_node, warnings),
         naming: naming::name(pod),
         place,
     })
@@ -272,12 +275,12 @@ fn when_unattended(pod: &Pod, warnings: &mut Vec<Warning>) -> Unattended {
     }
 }
 
-/// The pod's word, else its namespace's. What is said badly means the one that asks more: mutual TLS.
-fn same_node_of(pod: &Pod, namespace: Option<&ObjectMeta>, warnings: &mut Vec<Warning>) -> SameNode {
+/// The pod's word, else its namespace's, else what holds for all. What is said badly means the one that asks more: mutual TLS.
+fn same_node_of(pod: &Pod, namespace: Option<&ObjectMeta>, unsaid: SameNode, warnings: &mut Vec<Warning>) -> SameNode {
     match same_node(&pod.metadata) {
         Ok(Some(said)) => said,
         // An unclear word of the namespace is warned of once, with the namespace.
-        Ok(None) => namespace.map_or(Ok(None), same_node).unwrap_or(Some(SameNode::Mtls)).unwrap_or_default(),
+        Ok(None) => namespace.map_or(Ok(None), same_node).unwrap_or(Some(SameNode::Mtls)).unwrap_or(unsaid),
         Err(message) => {
             warnings.push(Warning { object: object("Pod", &pod.metadata), field: "metadata.annotations", message });
             SameNode::Mtls

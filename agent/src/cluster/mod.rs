@@ -22,7 +22,7 @@ mod snapshot;
 mod watch;
 
 pub use endpoints::{Candidate, Unavailable, candidates, on_lane};
-pub(crate) use enrolment::{MESH, Wish, wish};
+pub(crate) use enrolment::{MESH, Wish, enrolled, wish};
 pub use index::{Settings, index};
 pub(crate) use manifests::{Directory, duplicates, list, text};
 pub use manifests::{InForce, ManifestError, Problem};

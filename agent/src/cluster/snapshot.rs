@@ -214,7 +214,7 @@ pub enum Unattended {
 }
 
 /// What protects a pod's connections with other enrolled pods of its node.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum SameNode {
     /// The kernel attests who connects, and no byte leaves the host.
     #[default]

@@ -7,6 +7,7 @@ use std::{net::SocketAddr, num::NonZero, path::PathBuf, sync::Arc, time::Duratio
 
 use super::{cni::CniConfig, limits};
 use crate::{
+    cluster::SameNode,
     cni,
     identity::{CaHeader, CrlConfig, CrlFailure, TrustDomain, ca::ServiceAccount},
     telemetry::{Destination, Export, Format},
@@ -16,6 +17,8 @@ use crate::{
 pub const ADMIN_SOCKET: &str = "/run/heddle/admin.sock";
 /// Where pins are kept unless configured otherwise.
 pub const BPFFS: &str = "/sys/fs/bpf/heddle";
+/// Where the agent keeps what it is to know after a restart, unless configured otherwise.
+pub const STATE_DIR: &str = "/var/lib/heddle";
 /// Namespace of the policies for the whole mesh unless configured otherwise.
 pub const ROOT_NAMESPACE: &str = "heddle-system";
 /// Trust domain unless configured otherwise.
@@ -70,6 +73,9 @@ pub struct Raw {
     /// Namespace whose policies without a selector hold for the whole mesh.
     #[arg(long, env = "HEDDLE_ROOT_NAMESPACE", default_value = ROOT_NAMESPACE, value_name = "NAME")]
     pub root_namespace: String,
+    /// How two pods of one node talk where neither they nor their namespaces say it (heddle.dev/same-node).
+    #[arg(long, env = "HEDDLE_SAME_NODE", value_enum, default_value = "kernel", value_name = "HOW")]
+    pub same_node: SameNode,
     /// Name of the cluster in metrics, in baggage and to the CA.
     #[arg(long, env = "HEDDLE_CLUSTER_ID", default_value = "Kubernetes", value_name = "NAME")]
     pub cluster_id: String,
@@ -159,6 +165,8 @@ pub struct Config {
     /// Where revocation lists come from; `None` asks for none.
     pub crl: Option<CrlConfig>,
     pub root_namespace: Arc<str>,
+    /// Of pods that say nothing of it.
+    pub same_node: SameNode,
     pub cluster_id: Arc<str>,
     pub ca_address: String,
     pub ca_name: Option<String>,
@@ -213,6 +221,7 @@ impl Raw {
             crl: self.crl.map(|path| CrlConfig { path, failure: self.crl_failure }),
             root_namespace: named("--root-namespace", self.root_namespace, "give a namespace such as heddle-system")?
                 .into(),
+            same_node: self.same_node,
             cluster_id: named("--cluster-id", self.cluster_id, "give a name such as Kubernetes")?.into(),
             ca_address: ca_address(self.ca_address)?,
             ca_name: self

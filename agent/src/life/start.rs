@@ -32,7 +32,10 @@ use super::{
     records,
 };
 use crate::{
-    capture::{self, CaptureConfig, CaptureError, ProbeCommand},
+    capture::{
+        self, CaptureConfig, CaptureError, ProbeCommand,
+        container::{self, ContainerError},
+    },
     cluster::{self, NodePlaces, SourceError},
     identity::{CaClientConfig, Certificates, IdentityError, TrustConfig},
     policy::{self, Rulebook},
@@ -55,6 +58,8 @@ pub enum StartError {
     #[error(transparent)]
     Admin(#[from] AdminError),
     #[error(transparent)]
+    Container(#[from] ContainerError),
+    #[error(transparent)]
     Capture(#[from] CaptureError),
     #[error(transparent)]
     Cluster(#[from] SourceError),
@@ -73,6 +78,7 @@ impl StartError {
             Self::Listen(..) => "listen",
             Self::Crypto => "crypto_provider",
             Self::Admin(error) => error.reason(),
+            Self::Container(error) => error.reason(),
             Self::Capture(error) => error.reason(),
             Self::Cluster(error) => error.reason(),
             Self::Identity(error) => error.reason(),
@@ -87,6 +93,9 @@ impl StartError {
 /// When a stage can't start.
 pub fn run(config: Config) -> Result<(), StartError> {
     let descriptors = prepare_process()?;
+    for done in container::reach_node(&config.bpffs)? {
+        tracing::info!("In a container: {done}");
+    }
     // Without a number to go by, little is better than too much.
     let memory = memory_available().unwrap_or(limits::MEMORY_UNKNOWN);
     let budget = Budget::new(Machine { descriptors, memory });
@@ -302,6 +311,7 @@ async fn read_cluster(
     let mut settings = cluster::Settings {
         root_namespace: Arc::clone(&config.root_namespace),
         trust_domains: config::names(&config.trust_domain, &config.trust_domain_aliases),
+        same_node: config.same_node,
         ..cluster::Settings::default()
     };
     if let Some(places) = places {

@@ -1,65 +1,33 @@
-//! `heddle check`: what is wrong with this node's identities, or soon will be. What counts as what is one pure function.
+//! `heddle check` of the agent: what is wrong with this node's identities, or soon will be. What counts as what is one pure function.
 
-use std::{collections::BTreeMap, process::ExitCode};
-
-use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 use super::{
-    ask::{Ask, json, print},
-    table::{plain, span, table},
+    super::{ask::Ask, table::span},
+    Finding, Severity,
 };
 use crate::life::{
     admin::{CertificateLine, IssuerLine, Trust},
     limits,
 };
 
-/// How bad it is, the worst first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum Severity {
-    /// Connections fail, or will not be protected as configured.
-    Error,
-    /// They will, unless somebody does something.
-    Warning,
-}
-
-impl Severity {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Error => "error",
-            Self::Warning => "warning",
-        }
-    }
-}
-
-/// One thing that is not as it should be.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub(super) struct Finding {
-    pub severity: Severity,
-    /// Stable.
-    pub reason: String,
-    /// The identity, certificate or file that it is of.
-    pub what: String,
-    pub detail: String,
-    /// What to do; empty where the detail says it.
-    pub fix: String,
-}
-
-/// Ends with status 1 when there is an error, with --json too.
-pub(super) fn run(ask: &Ask) -> anyhow::Result<ExitCode> {
+/// What the agent's own answers show.
+///
+/// # Errors
+/// When it can't be asked.
+pub(super) fn check(ask: &Ask) -> anyhow::Result<Vec<Finding>> {
     let certificates: Vec<CertificateLine> = ask.get("/certificates")?;
     let trust: Trust = ask.get("/trust")?;
-    let findings = findings(&certificates, &trust);
-    print(&if ask.json { json(&findings)? } else { text(&findings) })?;
-    Ok(if findings.iter().any(|finding| finding.severity == Severity::Error) {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
-    })
+    let mut found = findings(&certificates, &trust);
+    if found.is_empty() {
+        let detail = format!("{} certificates, {} roots, all in order", certificates.len(), trust.roots.len());
+        found.push(Finding::pass("identities", "certificates and roots", detail));
+    }
+    Ok(found)
 }
 
 /// Everything that is wrong, errors first.
-pub(super) fn findings(certificates: &[CertificateLine], trust: &Trust) -> Vec<Finding> {
+pub(in crate::cli) fn findings(certificates: &[CertificateLine], trust: &Trust) -> Vec<Finding> {
     let mut found: Vec<Finding> =
         certificates.iter().filter_map(|certificate| of_certificate(certificate, trust)).collect();
     if trust.roots.is_empty() {
@@ -155,19 +123,4 @@ fn of_issuer(issuer: &IssuerLine) -> Option<Finding> {
         detail,
         fix: fix.to_owned(),
     })
-}
-
-pub(super) fn text(findings: &[Finding]) -> String {
-    let count = |severity| findings.iter().filter(|finding| finding.severity == severity).count();
-    let total = format!("{} errors, {} warnings\n", count(Severity::Error), count(Severity::Warning));
-    if findings.is_empty() {
-        return total;
-    }
-    let row = |finding: &Finding| {
-        let Finding { severity, reason, what, detail, fix } = finding;
-        let detail = if fix.is_empty() { plain(detail) } else { format!("{}; {fix}", plain(detail)) };
-        [severity.name(), reason, what, &detail].map(str::to_owned).into()
-    };
-    let rows: Vec<Vec<String>> = findings.iter().map(row).collect();
-    table(&["SEVERITY", "REASON", "WHAT", "DETAIL"], &rows) + "\n" + &total
 }
