@@ -11,7 +11,7 @@ use rustls_pki_types::CertificateDer;
 use super::{
     SpiffeId, TrustDomain, TrustDomains, answer, ca,
     key::WorkloadKey,
-    peer_identity,
+    peer,
     revocation::Lists,
     roots::{Roots, TrustBundle, parse_bundle, unix_time},
 };
@@ -48,7 +48,7 @@ pub fn spiffe(data: &[u8]) {
 /// A certificate that names somebody holds that name, and none is trusted by roots that did not sign it.
 pub fn peer_certificate(data: &[u8]) {
     let der = CertificateDer::from(data);
-    if let Ok(id) = peer_identity(&der) {
+    if let Ok(id) = peer(&der).map(|peer| peer.identity) {
         let name = id.as_str().as_bytes();
         assert!(data.windows(name.len()).any(|window| window == name), "{id} is not in the certificate");
     }
@@ -102,7 +102,7 @@ pub fn certificate_request(data: &[u8]) {
     const LONGEST: Duration = Duration::from_secs(3_600);
     let Some((identity, certificate)) = ca::fuzzing::sign(data, LONGEST) else { return };
     assert_eq!(identity.trust_domain(), "mesh.test");
-    assert_eq!(peer_identity(&certificate).ok(), Some(identity));
+    assert_eq!(peer(&certificate).ok().map(|peer| peer.identity), Some(identity));
     assert!(parse_bundle(pem::encode(&pem::Pem::new("CERTIFICATE", certificate.as_ref())).as_bytes()).is_err());
     let span = super::roots::span(&certificate);
     assert!(span.is_some_and(|(_, _, end)| end <= SystemTime::now() + LONGEST), "it lasts too long");

@@ -30,7 +30,7 @@ pub use client::{CaClientConfig, CaHeader, CaHeaderError, FetchError};
 pub use revocation::{CrlConfig, CrlError, CrlFailure, CrlFault, CrlStatus, ListStatus};
 pub use roots::{BundleError, RootStatus, RootsError, read_small};
 pub use spiffe::{SpiffeError, SpiffeId, TrustDomain, TrustDomains};
-pub use verify::{PeerError, handshake_reason, peer_identity, serial};
+pub use verify::{Peer, PeerError, handshake_reason, peer, serial};
 
 /// Messages and service of `proto/citadel.proto`.
 mod proto {

@@ -60,17 +60,33 @@ impl From<PeerError> for Error {
     }
 }
 
-/// The SPIFFE id of a verified peer certificate (the first of `peer_certificates()` after the handshake).
+/// Whose a verified certificate is, and its serial number in lower-case hex.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    pub identity: SpiffeId,
+    pub serial: String,
+}
+
+/// What a verified peer certificate (the first of `peer_certificates()` after the handshake) says.
 ///
 /// # Errors
 /// When it has not exactly one URI SAN that is a SPIFFE id of ours.
-pub fn peer_identity(certificate: &CertificateDer<'_>) -> Result<SpiffeId, IdentityError> {
-    Ok(spiffe_id(certificate)?)
+pub fn peer(certificate: &CertificateDer<'_>) -> Result<Peer, IdentityError> {
+    let parsed = parse(certificate)?;
+    Ok(Peer { identity: name(&parsed)?, serial: super::roots::hex(parsed.raw_serial()) })
 }
 
-/// The one SPIFFE id of a certificate (X509-SVID §2: exactly one URI SAN).
+/// The one SPIFFE id of a certificate.
 pub(super) fn spiffe_id(certificate: &CertificateDer<'_>) -> Result<SpiffeId, PeerError> {
-    let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| PeerError::Malformed)?;
+    name(&parse(certificate)?)
+}
+
+fn parse<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, PeerError> {
+    X509Certificate::from_der(certificate).map(|(_, parsed)| parsed).map_err(|_| PeerError::Malformed)
+}
+
+/// X509-SVID §2: exactly one URI SAN.
+fn name(parsed: &X509Certificate<'_>) -> Result<SpiffeId, PeerError> {
     let names = parsed.subject_alternative_name().map_err(|_| PeerError::Malformed)?.ok_or(PeerError::NoSpiffeId)?;
     // A name that can't be read may be a second one.
     if names.value.general_names.iter().any(|name| matches!(name, GeneralName::Invalid(..))) {
@@ -132,6 +148,33 @@ impl Trust {
     }
 }
 
+/// How signatures of handshakes are verified, on either side: of TLS 1.3 alone.
+macro_rules! tls13_only {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            _message: &[u8],
+            _certificate: &CertificateDer<'_>,
+            _signature: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            Err(rustls::PeerIncompatible::SupportedVersionsExtensionRequired.into())
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            certificate: &CertificateDer<'_>,
+            signature: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            verify_tls13_signature(message, certificate, signature, &algorithms())
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            algorithms().supported_schemes()
+        }
+    };
+}
+
 /// Client side: the server must be `expected`, by whichever name of our trust domain, and no other.
 #[derive(Debug)]
 pub(super) struct ExpectedServer {
@@ -155,27 +198,7 @@ impl ServerCertVerifier for ExpectedServer {
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _certificate: &CertificateDer<'_>,
-        _signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signature, &algorithms())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        algorithms().supported_schemes()
-    }
+    tls13_only!();
 }
 
 /// Server side: the client must be a workload of our trust domain, by any of its names. Which one may do what is policy's to
@@ -203,42 +226,17 @@ impl ClientCertVerifier for MeshClient {
         Ok(ClientCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _certificate: &CertificateDer<'_>,
-        _signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signature, &algorithms())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        algorithms().supported_schemes()
-    }
+    tls13_only!();
 }
 
 fn algorithms() -> WebPkiSupportedAlgorithms {
     provider().signature_verification_algorithms
 }
 
-fn no_tls12() -> Error {
-    rustls::PeerIncompatible::SupportedVersionsExtensionRequired.into()
-}
-
 /// Serial number of a certificate in lower-case hex.
 #[must_use]
 pub fn serial(certificate: &CertificateDer<'_>) -> Option<String> {
-    let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
-    Some(super::roots::hex(parsed.raw_serial()))
+    Some(super::roots::hex(parse(certificate).ok()?.raw_serial()))
 }
 
 /// A stable reason for a failed handshake, or for the first read after one: a TLS 1.3 client learns only then that the

@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 use super::Program;
 use crate::{
     capture::{self, CaptureError, Occupied, ResidentPod},
-    identity::{self, Certificates, IdentityError, SpiffeId, TrustDomain},
+    identity::{self, Certificates, IdentityError, Peer, SpiffeId, TrustDomain},
 };
 
 pub(super) trait Edge: Clone + Send + Sync + std::fmt::Debug + 'static {
@@ -49,7 +49,7 @@ pub(super) trait Edge: Clone + Send + Sync + std::fmt::Debug + 'static {
         peer: &SpiffeId,
     ) -> impl Future<Output = Result<Arc<rustls::ClientConfig>, IdentityError>> + Send;
     fn server(&self, own: &SpiffeId) -> impl Future<Output = Result<Arc<rustls::ServerConfig>, IdentityError>> + Send;
-    fn peer_identity(certificate: &CertificateDer<'_>) -> Result<SpiffeId, IdentityError>;
+    fn peer(certificate: &CertificateDer<'_>) -> Result<Peer, IdentityError>;
     fn handshake_reason(error: &std::io::Error) -> &'static str;
     /// Serial number of the certificate that is presented for `own`: lower-case hex, empty where there is none.
     fn serial(&self, own: &SpiffeId) -> Arc<str>;
@@ -110,8 +110,8 @@ impl Edge for Node {
         self.certificates.server(own).await
     }
 
-    fn peer_identity(certificate: &CertificateDer<'_>) -> Result<SpiffeId, IdentityError> {
-        identity::peer_identity(certificate)
+    fn peer(certificate: &CertificateDer<'_>) -> Result<Peer, IdentityError> {
+        identity::peer(certificate)
     }
 
     fn handshake_reason(error: &std::io::Error) -> &'static str {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rustls::CommonState;
 
 use super::Wire;
-use crate::identity::{self, SpiffeId};
+use crate::identity::{Peer, SpiffeId};
 
 /// A tunnel's TLS session.
 #[derive(Debug, Clone)]
@@ -25,14 +25,14 @@ pub struct Session {
 
 impl Session {
     /// Of a finished handshake with `peer`; `own_serial` is of the certificate that this side presented.
-    pub(super) fn new(tls: &CommonState, peer: Option<SpiffeId>, own_serial: Arc<str>, wire: &Arc<Wire>) -> Arc<Self> {
-        let certificate = tls.peer_certificates().and_then(|chain| chain.first());
+    pub(super) fn new(tls: &CommonState, peer: Option<Peer>, own_serial: Arc<str>, wire: &Arc<Wire>) -> Arc<Self> {
+        let (peer, peer_serial) = peer.map(|peer| (peer.identity, peer.serial)).unzip();
         Arc::new(Self {
             version: tls.protocol_version().and_then(|version| version.as_str()).unwrap_or_default(),
             cipher: tls.negotiated_cipher_suite().and_then(|suite| suite.suite().as_str()).unwrap_or_default(),
             peer,
             own_serial,
-            peer_serial: certificate.and_then(identity::serial).unwrap_or_default().into(),
+            peer_serial: peer_serial.unwrap_or_default().into(),
             wire: Arc::clone(wire),
         })
     }

@@ -33,7 +33,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use crate::identity::{
     CaClientConfig, Certificates, SpiffeId, TrustConfig, TrustDomain, TrustDomains,
     ca::{Authorization, Ca, CaConfig, KeySource},
-    peer_identity,
+    peer,
     roots::Roots,
     verify::Trust,
 };
@@ -300,7 +300,7 @@ pub async fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> 
 }
 
 fn identity(certificates: Option<&[CertificateDer<'static>]>) -> SpiffeId {
-    peer_identity(&certificates.unwrap()[0]).unwrap()
+    peer(&certificates.unwrap()[0]).unwrap().identity
 }
 
 /// Polls until `claim` holds; panics with `what` when it does not within `limit`.

@@ -18,7 +18,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
-use super::{AnswerError, deliver, ended, failed, meant_service, permit, target::target, witness};
+use super::{AnswerError, admit, ended, failed, meant_service, target::target, witness};
 use crate::{
     identity::SpiffeId,
     life::{
@@ -171,9 +171,10 @@ async fn authenticate<E: Edge>(
         reason: "no_certificate_presented",
         detail: "the client presented no certificate".into(),
     })?;
-    let principal = E::peer_identity(certificate)
+    let peer = E::peer(certificate)
         .map_err(|error| AnswerError::Tls { reason: error.reason(), detail: error.to_string().into() })?;
-    let (state, session) = (session, Session::new(session, Some(principal.clone()), pod.edge.serial(&own), tcp.wire()));
+    let principal = peer.identity.clone();
+    let (state, session) = (session, Session::new(session, Some(peer), pod.edge.serial(&own), tcp.wire()));
     let listed = pod.shared.registry.sessions().enter(&session, state);
     Ok((tls, Peer { client, local, principal, own, session, listed, streams: AtomicUsize::new(0) }))
 }
@@ -373,16 +374,6 @@ fn asked(request: &Request<RecvStream>, local: SocketAddr) -> Result<SocketAddr,
     }
     let authority = request.uri().authority().map(http::uri::Authority::as_str).unwrap_or_default();
     Ok(target(authority, local.ip())?)
-}
-
-async fn admit<E: Edge>(
-    pod: &Pod<E>,
-    carried: &Carried,
-    client: SocketAddr,
-    app: SocketAddr,
-) -> Result<TcpStream, AnswerError> {
-    let permit = permit(pod, carried)?;
-    deliver(pod, pod.uid(), permit, client, app).await
 }
 
 fn accept(respond: &mut SendResponse<Bytes>, witness: Option<HeaderValue>) -> Result<SendStream<Bytes>, AnswerError> {

@@ -57,6 +57,17 @@ async fn deliver<E: Edge>(
     }
 }
 
+/// A connection to the pod's own app, if policy allows it.
+async fn admit<E: Edge>(
+    pod: &Pod<E>,
+    carried: &Carried,
+    client: SocketAddr,
+    app: SocketAddr,
+) -> Result<TcpStream, AnswerError> {
+    let permit = permit(pod, carried)?;
+    deliver(pod, pod.uid(), permit, client, app).await
+}
+
 fn failed(error: &AnswerError) -> End {
     match error {
         AnswerError::Denied(denial) => End::Denied(denial.clone()),

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc};
 
 use tokio::net::TcpStream;
 
-use super::{AnswerError, deliver, ended, failed, permit};
+use super::{admit, ended, failed};
 use crate::{
     cluster::{SameNode, Snapshot, Workload},
     identity::SpiffeId,
@@ -67,16 +67,6 @@ pub(crate) async fn plaintext<E: Edge>(pod: &Pod<E>, tcp: TcpStream, client: Soc
             relay::reset(tcp);
         }
     }
-}
-
-async fn admit<E: Edge>(
-    pod: &Pod<E>,
-    carried: &Carried,
-    client: SocketAddr,
-    app: SocketAddr,
-) -> Result<TcpStream, AnswerError> {
-    let permit = permit(pod, carried)?;
-    deliver(pod, pod.uid(), permit, client, app).await
 }
 
 /// The pod of this node that a connection comes from, and its identity, where the kernel vouches for that. An address alone says

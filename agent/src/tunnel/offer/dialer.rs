@@ -83,7 +83,7 @@ impl<E: Edge> Connector for Dialer<E> {
     fn session(&self, io: &Self::Io, key: &Key) -> Option<(Arc<Session>, Listed)> {
         let (tcp, tls) = io.get_ref();
         let certificate = tls.peer_certificates().and_then(|chain| chain.first());
-        let peer = certificate.and_then(|certificate| E::peer_identity(certificate).ok());
+        let peer = certificate.and_then(|certificate| E::peer(certificate).ok());
         let session = Session::new(tls, peer, self.edge.serial(&key.own), tcp.wire());
         let listed = self.sessions.enter(&session, tls);
         Some((session, listed))

@@ -23,13 +23,12 @@ use tokio::{
     sync::watch,
 };
 use tokio_util::sync::CancellationToken;
-use x509_parser::{extensions::GeneralName, prelude::*};
 
 use super::{snapshot, workload};
 use crate::{
     capture::{CaptureError, ProbeToken, TcpHealth},
     cluster::{Service, Snapshot, View, Workload},
-    identity::{IdentityError, SpiffeId, TrustDomain},
+    identity::{IdentityError, Peer, SpiffeId, TrustDomain},
     life::budget::{Budget, Machine},
     policy::Rulebook,
     tunnel::{
@@ -200,14 +199,8 @@ impl Edge for Loopback {
         Ok(self.server.clone())
     }
 
-    fn peer_identity(certificate: &CertificateDer<'_>) -> Result<SpiffeId, IdentityError> {
-        let (_, parsed) = X509Certificate::from_der(certificate).unwrap();
-        let names = parsed.subject_alternative_name().unwrap().unwrap();
-        let uri = names.value.general_names.iter().find_map(|name| match name {
-            GeneralName::URI(uri) => Some(*uri),
-            _ => None,
-        });
-        Ok(uri.unwrap().parse().unwrap())
+    fn peer(certificate: &CertificateDer<'_>) -> Result<Peer, IdentityError> {
+        crate::identity::peer(certificate)
     }
 
     fn serial(&self, _: &SpiffeId) -> Arc<str> {
