@@ -29,6 +29,14 @@ pub(super) fn families(trust: &TrustReport, ended: (u64, u64)) -> impl Iterator<
         let since = next.duration_since(UNIX_EPOCH).unwrap_or_default();
         gauge(vec![label("issuer", issuer)], since.as_secs_f64())
     });
+    // What `heddle ca rotate` asks before a root goes.
+    let mut alone = BTreeMap::new();
+    for list in crl.into_iter().flat_map(|crl| &crl.lists) {
+        if let [root] = list.roots.as_slice() {
+            *alone.entry(root.as_str()).or_insert(0_u64) += 1;
+        }
+    }
+    let alone = alone.iter().map(|(root, count)| gauge(vec![label("root_serial", root)], as_f64(*count)));
     let ended = [("sessions", ended.0), ("connections", ended.1)];
     let ended = ended.map(|(what, count)| counter(vec![label("what", what)], count)).to_vec();
     [
@@ -55,6 +63,12 @@ pub(super) fn families(trust: &TrustReport, ended: (u64, u64)) -> impl Iterator<
             "Certificates that the lists in force revoke.",
             MetricType::GAUGE,
             revoked.collect(),
+        ),
+        family(
+            "heddle_crl_lists_of_one_root",
+            "Lists in force that only this root vouches for: without it they could not be used.",
+            MetricType::GAUGE,
+            alone.collect(),
         ),
         family(
             "heddle_revoked_ended_total",

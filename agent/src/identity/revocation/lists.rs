@@ -12,7 +12,10 @@ use x509_parser::{
 };
 
 use super::CrlFault;
-use crate::{identity::roots::system_time, life::limits};
+use crate::{
+    identity::roots::{hex, system_time},
+    life::limits,
+};
 
 /// One list as `heddle status` and the metrics show it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +25,8 @@ pub struct ListStatus {
     /// Certificates that it revokes.
     pub revoked: usize,
     pub next_update: SystemTime,
+    /// Serial numbers, lower-case hex, of the roots that vouch for it.
+    pub roots: Vec<String>,
 }
 
 /// Lists that are in force together.
@@ -42,6 +47,8 @@ struct List {
 struct Issuer<'a> {
     key: Vec<u8>,
     certificate: X509Certificate<'a>,
+    /// Serial numbers of the roots that it leads to: of a root its own.
+    roots: Vec<String>,
 }
 
 impl Lists {
@@ -122,19 +129,27 @@ impl List {
         let (_, parsed) = CertificateRevocationList::from_der(der).map_err(|_| unreadable())?;
         let next_update = system_time(parsed.next_update().ok_or_else(unreadable)?.timestamp());
         let issuer = parsed.issuer();
-        let signer = issuers.iter().find(|candidate| {
-            let certificate = &candidate.certificate;
-            certificate.subject().as_raw() == issuer.as_raw()
-                && parsed.verify_signature(certificate.public_key()).is_ok()
-        });
-        let signer = signer.ok_or_else(|| CrlFault::Untrusted { issuer: issuer.to_string() })?;
+        // A root that was renewed with its key has two certificates.
+        let signers: Vec<_> = issuers
+            .iter()
+            .filter(|candidate| {
+                let certificate = &candidate.certificate;
+                certificate.subject().as_raw() == issuer.as_raw()
+                    && parsed.verify_signature(certificate.public_key()).is_ok()
+            })
+            .collect();
+        let signer = signers.first().ok_or_else(|| CrlFault::Untrusted { issuer: issuer.to_string() })?;
         // RFC 5280 §4.2.1.3; a certificate without key usage may sign anything.
         let usage = signer.certificate.key_usage().map_err(|_| unreadable())?;
         if usage.is_some_and(|usage| !usage.value.crl_sign()) {
             return Err(CrlFault::NotASigner { issuer: issuer.to_string() });
         }
-        let status =
-            ListStatus { issuer: issuer.to_string(), revoked: parsed.iter_revoked_certificates().count(), next_update };
+        let status = ListStatus {
+            issuer: issuer.to_string(),
+            revoked: parsed.iter_revoked_certificates().count(),
+            next_update,
+            roots: signers.iter().flat_map(|signer| signer.roots.iter().cloned()).collect(),
+        };
         Ok(Self { key: signer.key.clone(), content: content.into(), status })
     }
 }
@@ -143,20 +158,24 @@ impl List {
 fn issuers<'a>(roots: &'a [CertificateDer<'_>], intermediates: &'a [CertificateDer<'_>]) -> Vec<Issuer<'a>> {
     let read = |der: &'a CertificateDer<'_>| {
         let (_, certificate) = X509Certificate::from_der(der).ok()?;
-        Some(Issuer { key: contents(certificate.public_key().raw).to_vec(), certificate })
+        let key = contents(certificate.public_key().raw).to_vec();
+        Some(Issuer { key, certificate, roots: Vec::new() })
     };
     let mut trusted: Vec<Issuer<'a>> = roots.iter().filter_map(read).collect();
+    trusted.iter_mut().for_each(|root| root.roots = vec![hex(root.certificate.raw_serial())]);
     let mut waiting: Vec<Issuer<'a>> =
         intermediates.iter().filter_map(read).filter(|issuer| issuer.certificate.is_ca()).collect();
     loop {
-        let signed = |one: &Issuer<'a>| {
-            trusted.iter().any(|issuer| {
+        let (mut found, mut rest) = (Vec::new(), Vec::new());
+        for mut one in waiting {
+            let above = trusted.iter().filter(|issuer| {
                 let (below, above) = (&one.certificate, &issuer.certificate);
                 below.issuer().as_raw() == above.subject().as_raw()
                     && below.verify_signature(Some(above.public_key())).is_ok()
-            })
-        };
-        let (found, rest): (Vec<_>, Vec<_>) = waiting.into_iter().partition(signed);
+            });
+            one.roots = above.flat_map(|issuer| issuer.roots.iter().cloned()).collect();
+            if one.roots.is_empty() { rest.push(one) } else { found.push(one) }
+        }
         if found.is_empty() {
             return trusted;
         }

@@ -7,14 +7,16 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rcgen::{KeyPair, KeyUsagePurpose};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, KeyPair, KeyUsagePurpose, SerialNumber,
+};
 use rustls_pki_types::CertificateDer;
 
 use super::support::{Leaf, Mesh, TestRoot, handshake, id, presented, trust, within};
 use crate::identity::{
     Certificates, CrlConfig, CrlFailure, TrustConfig, handshake_reason,
     revocation::{Lists, Standing},
-    roots::unix_time,
+    roots::{span, unix_time},
     tls,
     verify::{ExpectedServer, MeshClient, Trust},
 };
@@ -103,6 +105,29 @@ async fn an_intermediates_list_counts_where_its_certificate_stands_beside_it() {
     let foreign = TestRoot::new("foreign").intermediate("issuing", &SIGNER);
     let forged = format!("{}{}", foreign.crl(&[], SOON), foreign.certificate.pem());
     assert_eq!(parse(&forged, &[&root]).err(), Some("crl_untrusted"));
+}
+
+#[test]
+fn a_list_names_the_roots_that_vouch_for_it() {
+    let (root, other) = (TestRoot::new("root"), TestRoot::new("other"));
+    let serial = |root: &TestRoot| span(root.certificate.der()).unwrap().0;
+    let roots = |pem: &str, ders: &[CertificateDer<'static>]| -> Vec<Vec<String>> {
+        let lists = Lists::parse(pem.as_bytes(), ders).unwrap();
+        lists.status().into_iter().map(|list| list.roots).collect()
+    };
+    let ders = [other.certificate.der().clone(), root.certificate.der().clone()];
+    let issuing = root.intermediate("issuing", &SIGNER);
+    let pem = [issuing.crl(&[], SOON), issuing.certificate.pem(), other.crl(&[], SOON)].concat();
+    assert_eq!(roots(&pem, &ders), [[serial(&root)], [serial(&other)]]);
+    // Renewed with its key: either certificate will do.
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, "root");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.serial_number = Some(SerialNumber::from(7));
+    let renewed = params.self_signed(&root.key).unwrap().der().clone();
+    let ders = [root.certificate.der().clone(), renewed];
+    assert_eq!(roots(&root.crl(&[], SOON), &ders), [[serial(&root), "07".to_owned()]]);
 }
 
 #[test]

@@ -3,14 +3,15 @@
 use std::{
     collections::HashSet,
     sync::Arc,
-    time::Instant,
+    time::{Instant, UNIX_EPOCH},
 };
 
 use super::{carry, connection, flow, sources};
 use crate::{
     capture::TcpHealth,
+    identity::{CrlStatus, ListStatus, TrustReport},
     policy::{Action, Denial, Rehearsal},
-    telemetry::metrics::Metrics,
+    telemetry::{Sources, metrics::Metrics},
     tunnel::{Direction, Wire},
 };
 
@@ -146,4 +147,21 @@ fn policies_without_end_do_not_make_series_without_end() {
     let lines = text.lines().filter(|line| line.starts_with("heddle_denied_total{")).count();
     assert_eq!(lines, crate::life::limits::METRIC_DENIALS + 1);
     assert!(text.contains("heddle_denied_total{policy=\"overflow\",reason=\"policy_denied\"} 100"));
+}
+
+#[test]
+fn a_scrape_tells_which_root_alone_vouches_for_a_revocation_list() {
+    let list = |roots: &[&str]| ListStatus {
+        issuer: "CN=root".to_owned(),
+        revoked: 1,
+        next_update: UNIX_EPOCH,
+        roots: roots.iter().map(|root| (*root).to_owned()).collect(),
+    };
+    let lists = vec![list(&["0a"]), list(&["0a"]), list(&["0a", "0b"])];
+    let crl = CrlStatus { generation: 1, lists, problem: None, refuses: false };
+    let trust = move || TrustReport { crl: Some(crl.clone()), ..TrustReport::default() };
+    let sources = Sources { trust: Box::new(trust), ..sources(Vec::new()) };
+    let text = Metrics::new("Kubernetes".into()).unwrap().scrape(&sources, 0, vec![], Instant::now()).unwrap();
+    let told: Vec<_> = text.lines().filter(|line| line.starts_with("heddle_crl_lists_of_one_root{")).collect();
+    assert_eq!(told, ["heddle_crl_lists_of_one_root{root_serial=\"0a\"} 2"]);
 }
