@@ -12,21 +12,24 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use http::Uri;
 use prost_types::{Struct, Value, value::Kind};
 use tonic::{
     Code, Request, Status,
     metadata::{Ascii, MetadataKey, MetadataValue},
-    transport::{Certificate, Channel, ClientTlsConfig, Endpoint},
+    transport::{Channel, Endpoint},
 };
 use zeroize::Zeroizing;
 
 use super::{
     CERT_SIGNER, IMPERSONATED_IDENTITY, PeerError, SpiffeId, TrustDomain,
     answer::{Held, check},
+    dial::Dial,
     key::WorkloadKey,
     proto::{IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient},
     roots::{RootsError, TrustBundle, read_capped},
     schedule::Outcome,
+    tls::ca_client_config,
 };
 use crate::life::limits;
 
@@ -239,18 +242,22 @@ impl CaClient {
         Ok(value)
     }
 
-    fn endpoint(&self) -> Result<Endpoint, FetchError> {
-        let error = |what: &dyn ToString| FetchError::Address(self.config.address.clone(), what.to_string());
-        if !self.config.address.starts_with("https://") {
-            return Err(error(&"the scheme"));
-        }
-        let endpoint = Endpoint::from_shared(self.config.address.clone()).map_err(|problem| error(&problem))?;
-        Ok(endpoint
-            .connect_timeout(limits::CONNECT_PEER)
+    fn bad_address(&self, what: &dyn ToString) -> FetchError {
+        FetchError::Address(self.config.address.clone(), what.to_string())
+    }
+
+    /// The address, and what gRPC knows of it: TLS is `dial`'s.
+    fn endpoint(&self) -> Result<(Uri, Endpoint), FetchError> {
+        let plain = self.config.address.strip_prefix("https://").ok_or_else(|| self.bad_address(&"the scheme"))?;
+        let address: Uri = self.config.address.parse().map_err(|problem| self.bad_address(&problem))?;
+        let endpoint =
+            Endpoint::from_shared(format!("http://{plain}")).map_err(|problem| self.bad_address(&problem))?;
+        let endpoint = endpoint
+            .origin(address.clone())
             .timeout(limits::FETCH)
-            .tcp_nodelay(true)
             .http2_keep_alive_interval(limits::PING_INTERVAL)
-            .keep_alive_timeout(limits::PING_TIMEOUT))
+            .keep_alive_timeout(limits::PING_TIMEOUT);
+        Ok((address, endpoint))
     }
 
     /// The open channel, or a new one if the trust bundle changed since. Connects at its first use.
@@ -263,15 +270,11 @@ impl CaClient {
         {
             return Ok(channel.clone());
         }
-        let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&pem)).timeout(limits::TLS_HANDSHAKE);
-        if let Some(name) = &self.config.server_name {
-            tls = tls.domain_name(name.clone());
-        }
-        let endpoint = self
-            .endpoint()?
-            .tls_config(tls)
-            .map_err(|error| FetchError::Address(self.config.address.clone(), error.to_string()))?;
-        let channel = endpoint.connect_lazy();
+        let (address, endpoint) = self.endpoint()?;
+        let tls = ca_client_config(&self.bundle.of_file()).map_err(|error| FetchError::Internal(error.to_string()))?;
+        let dial =
+            Dial::new(address, self.config.server_name.as_deref(), tls).map_err(|error| self.bad_address(&error))?;
+        let channel = endpoint.connect_with_connector_lazy(dial);
         *open = Some((pem, channel.clone()));
         Ok(channel)
     }

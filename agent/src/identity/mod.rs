@@ -5,7 +5,7 @@
 //! - [`SpiffeId`] is parsed once and compared by bytes
 //! - `verify` decides whether a peer is who it must be, with `roots` as the anchors of trust and `revocation` for what counts
 //!   no more
-//! - `client` asks the CA for a certificate, `answer` judges what comes, `schedule` says when, `rotation` does it
+//! - `client` asks the CA for a certificate (`dial` leads to it), `answer` judges what comes, `schedule` says when, `rotation` does it
 //! - [`Certificates`] is what the tunnel sees of all that
 //! - [`ca`] is the CA that is built in
 
@@ -13,6 +13,7 @@ mod answer;
 pub mod ca;
 mod certificates;
 mod client;
+mod dial;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod key;
@@ -44,4 +45,4 @@ const IMPERSONATED_IDENTITY: &str = "ImpersonatedIdentity";
 const CERT_SIGNER: &str = "CertSigner";
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

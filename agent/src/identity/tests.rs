@@ -2,6 +2,7 @@
 
 mod aliases;
 mod answers;
+mod dial;
 mod handshake;
 mod memory;
 mod outage;

@@ -1,15 +1,18 @@
-//! TLS settings between agents: TLS 1.3, two cipher suites, ALPN `h2`, mutual, never resumed, no SNI.
+//! TLS settings between agents: TLS 1.3, two cipher suites, ALPN `h2`, mutual, never resumed, no SNI. And those of an agent towards
+//! the CA, which is known by its name.
 //!
 //! Made once; a connection gets a clone with its own certificate and the peer that it expects. No handshake reads a file.
 
 use std::sync::{Arc, LazyLock};
 
 use rustls::{
-    ClientConfig, ServerConfig,
+    ClientConfig, RootCertStore, ServerConfig,
     client::{ResolvesClientCert, Resumption, danger::ServerCertVerifier},
     crypto::{CryptoProvider, aws_lc_rs},
     server::{NoServerSessionStorage, ResolvesServerCert, danger::ClientCertVerifier},
 };
+
+use super::roots::Roots;
 
 const ALPN: &[u8] = b"h2";
 
@@ -40,6 +43,18 @@ pub(super) fn client_config(
     // A resumed session would outlive the certificate, and the policy, that it began with.
     config.resumption = Resumption::disabled();
     config.enable_sni = false;
+    Ok(config)
+}
+
+/// Towards the CA: nobody shows a certificate but the CA, whose host name counts. Go's servers of this API speak TLS 1.3 too.
+pub(super) fn ca_client_config(roots: &Roots) -> Result<ClientConfig, rustls::Error> {
+    let mut anchors = RootCertStore::empty();
+    anchors.add_parsable_certificates(roots.certificates().iter().cloned());
+    let mut config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(anchors)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![ALPN.to_vec()];
     Ok(config)
 }
 

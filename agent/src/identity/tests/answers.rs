@@ -4,7 +4,6 @@ use std::{
     collections::{BTreeMap, HashSet},
     fs,
     net::SocketAddr,
-    path::PathBuf,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -25,7 +24,7 @@ use tonic::{
     transport::{Identity, Server, ServerTlsConfig},
 };
 
-use super::support::{Leaf, TOKEN, TestRoot, handshake, id, trust_domain, within};
+use super::support::{Leaf, TOKEN, TestRoot, client_config, handshake, id, within};
 use crate::{
     identity::{
         CaClientConfig, CertificateStatus, Certificates,
@@ -189,21 +188,13 @@ impl Running {
         Self { directory, address, other, task }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
     fn config(&self) -> CaClientConfig {
         CaClientConfig {
-            address: format!("https://{}", self.address),
             server_name: Some("istiod.test".to_owned()),
-            root_certificate: self.path("root.pem"),
-            token_file: self.path("token"),
             cluster_id: "cluster-7".to_owned(),
             cert_signer: Some("clusterissuers.cert-manager.io/shop".to_owned()),
             headers: vec!["x-tenant=shop".parse().unwrap(), "x-tenant= other ".parse().unwrap()],
-            trust_domain: trust_domain(),
-            lifetime: Duration::from_secs(24 * 3_600),
+            ..client_config(self.address, self.directory.path(), Duration::from_secs(24 * 3_600))
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     fs, io,
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -49,7 +49,7 @@ pub fn trust_domain() -> TrustDomain {
 }
 
 /// What trusts these roots, knows no other name, and asks for no revocation.
-pub fn trust(roots: &[&TestRoot]) -> Trust {
+pub(in crate::identity) fn trust(roots: &[&TestRoot]) -> Trust {
     let certificates = roots.iter().map(|root| root.certificate.der().clone()).collect();
     Trust {
         roots: Arc::new(ArcSwap::from_pointee(Roots::new(certificates))),
@@ -183,6 +183,21 @@ pub fn presented(chain: Vec<CertificateDer<'static>>, key: &KeyPair) -> Arc<Sing
     Arc::new(SingleCertAndKey::from(CertifiedKey::new(chain, signing)))
 }
 
+/// What asks the CA at an address, with `root.pem` and `token` in this directory.
+pub fn client_config(address: SocketAddr, directory: &Path, lifetime: Duration) -> CaClientConfig {
+    CaClientConfig {
+        address: format!("https://{address}"),
+        server_name: None,
+        root_certificate: directory.join("root.pem"),
+        token_file: directory.join("token"),
+        cluster_id: "Kubernetes".to_owned(),
+        cert_signer: None,
+        headers: Vec::new(),
+        trust_domain: trust_domain(),
+        lifetime,
+    }
+}
+
 /// A directory with a root, a token, and a CA that can be stopped and started again at its address.
 pub struct Mesh {
     pub directory: TempDir,
@@ -243,17 +258,7 @@ impl Mesh {
     }
 
     pub fn client_config(&self) -> CaClientConfig {
-        CaClientConfig {
-            address: format!("https://{}", self.address),
-            server_name: None,
-            root_certificate: self.path("root.pem"),
-            token_file: self.path("token"),
-            cluster_id: "Kubernetes".to_owned(),
-            cert_signer: None,
-            headers: Vec::new(),
-            trust_domain: trust_domain(),
-            lifetime: Duration::from_secs(24 * 3_600),
-        }
+        client_config(self.address, self.directory.path(), Duration::from_secs(24 * 3_600))
     }
 
     pub fn node(&self, identities: &[&SpiffeId]) -> Certificates {
