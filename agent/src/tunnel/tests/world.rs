@@ -14,7 +14,8 @@ use std::{
 
 use arc_swap::ArcSwap;
 use rcgen::{
-    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
 };
 use rustls::{RootCertStore, server::WebPkiClientVerifier};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -69,10 +70,39 @@ impl Authority {
     pub fn new() -> Arc<Self> {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let key = KeyPair::generate().unwrap();
         let root = params.self_signed(&key).unwrap().der().clone();
         Arc::new(Self { issuer: Issuer::new(params, key), root })
+    }
+
+    /// PEM.
+    pub fn root(&self) -> String {
+        pem::encode(&pem::Pem::new("CERTIFICATE", self.root.to_vec()))
+    }
+
+    /// A revocation list, PEM, with this serial number (hex) if there is one.
+    pub fn crl(&self, revoked: Option<&str>) -> String {
+        let now = time::OffsetDateTime::now_utc();
+        let entry = |serial: &str| {
+            let digits: Vec<u8> =
+                (0..serial.len() / 2).map(|at| u8::from_str_radix(&serial[2 * at..2 * at + 2], 16).unwrap()).collect();
+            RevokedCertParams {
+                serial_number: SerialNumber::from(digits),
+                revocation_time: now,
+                reason_code: None,
+                invalidity_date: None,
+            }
+        };
+        let params = CertificateRevocationListParams {
+            this_update: now - time::Duration::hours(1),
+            next_update: now + time::Duration::hours(1),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.into_iter().map(entry).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        params.signed_by(&self.issuer).unwrap().pem().unwrap()
     }
 
     fn roots(&self) -> Arc<RootCertStore> {
@@ -97,7 +127,8 @@ pub struct Loopback {
     trust_domain: TrustDomain,
     client: Arc<rustls::ClientConfig>,
     server: Arc<rustls::ServerConfig>,
-    serial: Arc<str>,
+    /// Of its certificate, in hex.
+    pub serial: Arc<str>,
     /// Client addresses that delivery was asked for.
     pub delivered_for: Arc<Mutex<Vec<(IpAddr, SocketAddr)>>>,
     /// What the kernel is said to have chosen of a Service.
