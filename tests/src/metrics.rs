@@ -1,14 +1,10 @@
 //! A scrape of `/metrics`, parsed: samples by name and labels.
 
-use std::collections::BTreeMap;
+/// As `heddle ca rotate` reads it.
+#[path = "../../agent/src/identity/ca/rotate/exposition.rs"]
+mod exposition;
 
-/// One line of the text exposition.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Sample {
-    pub name: String,
-    pub labels: BTreeMap<String, String>,
-    pub value: f64,
-}
+pub use exposition::Sample;
 
 /// Everything of one scrape.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -18,7 +14,7 @@ impl Scrape {
     /// Parses the Prometheus text format; lines that are no samples are passed over.
     #[must_use]
     pub fn parse(text: &str) -> Self {
-        Self(text.lines().filter_map(sample).collect())
+        Self(text.lines().filter_map(exposition::sample).collect())
     }
 
     /// Samples of a metric that carry all of these labels.
@@ -45,44 +41,6 @@ impl Scrape {
     pub fn has(&self, name: &str) -> bool {
         self.0.iter().any(|sample| sample.name == name)
     }
-}
-
-fn sample(line: &str) -> Option<Sample> {
-    if line.starts_with('#') {
-        return None;
-    }
-    let (head, value) = match line.rfind('}') {
-        Some(end) => (line.get(..=end)?, line.get(end + 1..)?),
-        None => line.split_once(' ')?,
-    };
-    let value = value.split_whitespace().next()?.parse().ok()?;
-    let (name, labels) = match head.split_once('{') {
-        Some((name, rest)) => (name, parse_labels(rest.strip_suffix('}')?)?),
-        None => (head, BTreeMap::new()),
-    };
-    Some(Sample { name: name.to_owned(), labels, value })
-}
-
-fn parse_labels(mut rest: &str) -> Option<BTreeMap<String, String>> {
-    let mut labels = BTreeMap::new();
-    while !rest.is_empty() {
-        let (key, after) = rest.split_once("=\"")?;
-        let mut value = String::new();
-        let mut letters = after.char_indices();
-        let end = loop {
-            match letters.next()? {
-                (_, '\\') => value.push(match letters.next()?.1 {
-                    'n' => '\n',
-                    other => other,
-                }),
-                (at, '"') => break at,
-                (_, letter) => value.push(letter),
-            }
-        };
-        labels.insert(key.to_owned(), value);
-        rest = after.get(end + 1..)?.trim_start_matches(',');
-    }
-    Some(labels)
 }
 
 #[cfg(test)]

@@ -16,11 +16,12 @@ fn rotate(lab: &Lab, step: &[&str]) -> Result<Output> {
     let directory = lab.ca()?.root_dir.display().to_string();
     let agents = [1, 2].map(|node| Ok(format!("http://{}:15020", lab.node(node)?.v4())));
     let agents = agents.into_iter().collect::<Result<Vec<_>>>()?.join(",");
+    let replicas = format!("http://{}:15014", lab.ca()?.address.ip());
     let mut args = vec!["ca", "rotate"];
     args.extend(step);
     args.extend(["--root-dir", &directory]);
     if step.first() != Some(&"prepare") {
-        args.extend(["--agents", &agents]);
+        args.extend(["--agents", &agents, "--replicas", &replicas]);
     }
     lab.agent(1)?.heddle(&args)
 }

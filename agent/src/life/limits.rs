@@ -335,6 +335,11 @@ pub const CA_QUESTIONS_PER_NODE: Rate = Rate { per_second: 5, burst: 100 };
 pub const CA_PODS_ASKED: u32 = 200;
 /// Pods that the CA knows by its watch (pods): Kubernetes is made for 150,000. Others are asked for directly.
 pub const CA_PODS: usize = 200_000;
+/// For how long what the watch of the pods said last is taken for the present state (duration), and how many pods are remembered
+/// that the API server was asked for after that (pods): each holds as long. A watch whose connection is dead is silent, like one of
+/// a cluster where nothing happens; past this, an identity costs one question for its pod.
+pub const CA_WATCH_WORD: Duration = Duration::from_secs(5);
+pub const CA_PODS_CONFIRMED: usize = 65_536;
 /// How long one page of the list of all pods may take (duration).
 pub const CA_LIST: Duration = Duration::from_secs(30);
 /// Backoff of a watch that failed (duration), doubled each time, with jitter.

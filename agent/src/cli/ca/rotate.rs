@@ -18,7 +18,7 @@ use crate::{
         TrustDomain,
         ca::{
             ROOT_LIFETIME, api_client,
-            rotate::{Agents, DEFAULT_PORT, Given, Outcome, Rotation, RotationStatus, Step, Store},
+            rotate::{AGENT_PORT, Given, Group, Outcome, Places, REPLICA_PORT, Rotation, RotationStatus, Step, Store},
         },
         read_small,
     },
@@ -35,7 +35,8 @@ pub(in crate::cli) enum Verb {
     Prepare(Prepare),
     /// Issue certificates from the new root. Refused until every agent trusts it.
     Switch(Asking),
-    /// Have the old root trusted no more. Refused while an agent holds a certificate of it.
+    /// Have the old root trusted no more. Refused while an agent holds a certificate or a revocation list of it, or a replica of the
+    /// CA issues from it.
     Finish(Asking),
     /// Undo what was done, before `finish`. Refused where an agent would be left behind.
     Back(Asking),
@@ -75,7 +76,7 @@ pub(in crate::cli) struct Prepare {
     next_key: Option<PathBuf>,
 }
 
-/// Which agents to ask.
+/// Whom to ask.
 #[derive(Debug, clap::Args)]
 struct Who {
     /// The agents' metrics, http://HOST:PORT each. Without it, with a Secret: the agents' pods.
@@ -85,8 +86,17 @@ struct Who {
     #[arg(long, default_value = ROOT_NAMESPACE, value_name = "NAME")]
     agent_namespace: String,
     /// Port of their metrics.
-    #[arg(long, default_value_t = DEFAULT_PORT, value_name = "PORT")]
+    #[arg(long, default_value_t = AGENT_PORT, value_name = "PORT")]
     agent_port: u16,
+    /// The metrics of every replica of the CA, http://HOST:PORT each. Without it, with a Secret: the CA's pods.
+    #[arg(long, env = "HEDDLE_CA_REPLICAS", value_delimiter = ',', value_name = "URL")]
+    replicas: Vec<http::Uri>,
+    /// Namespace of the CA's pods, where it is not the Secret's.
+    #[arg(long, value_name = "NAME")]
+    ca_namespace: Option<String>,
+    /// Port of their metrics.
+    #[arg(long, default_value_t = REPLICA_PORT, value_name = "PORT")]
+    ca_port: u16,
 }
 
 #[derive(Debug, clap::Args)]
@@ -120,7 +130,7 @@ impl Verb {
     }
 
     async fn take(self) -> anyhow::Result<ExitCode> {
-        let nobody = || Agents::Listed(Vec::new());
+        let nobody = || Places::Listed(Vec::new());
         match self {
             Self::Prepare(args) => {
                 let trust_domain = trust_domain(&args.trust_domain)?;
@@ -133,7 +143,8 @@ impl Verb {
                     _ => None,
                 };
                 let store = args.place.store().await?;
-                let rotation = Rotation { store, agents: nobody(), trust_domain, lifetime: lasts, given };
+                let (agents, replicas) = (Group::agents(nobody()), Group::replicas(nobody()));
+                let rotation = Rotation { store, agents, replicas, trust_domain, lifetime: lasts, given };
                 step(&rotation, Step::Prepare, Duration::ZERO).await
             }
             Self::Switch(args) => args.step(Step::Switch).await,
@@ -159,13 +170,21 @@ async fn rotation(place: &Place, who: Who) -> anyhow::Result<Rotation> {
     let store = place.store().await?;
     let agents = match &store {
         Store::Secret { client, .. } if who.agents.is_empty() => {
-            Agents::Pods { client: client.clone(), namespace: who.agent_namespace, port: who.agent_port }
+            Places::Pods { client: client.clone(), namespace: who.agent_namespace, port: who.agent_port }
         }
-        _ => Agents::Listed(who.agents),
+        _ => Places::Listed(who.agents),
     };
+    let replicas = match &store {
+        Store::Secret { client, namespace, .. } if who.replicas.is_empty() => {
+            let namespace = who.ca_namespace.unwrap_or_else(|| namespace.clone());
+            Places::Pods { client: client.clone(), namespace, port: who.ca_port }
+        }
+        _ => Places::Listed(who.replicas),
+    };
+    let (agents, replicas) = (Group::agents(agents), Group::replicas(replicas));
     // Of a root that is made, which only `prepare` does.
     let trust_domain: TrustDomain = trust_domain(TRUST_DOMAIN)?;
-    Ok(Rotation { store, agents, trust_domain, lifetime: ROOT_LIFETIME, given: None })
+    Ok(Rotation { store, agents, replicas, trust_domain, lifetime: ROOT_LIFETIME, given: None })
 }
 
 impl Place {
@@ -221,6 +240,7 @@ struct Shown<'a> {
     phase: &'static str,
     roots: Vec<ShownRoot<'a>>,
     agents: Vec<ShownAgent<'a>>,
+    replicas: Vec<ShownReplica<'a>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -237,6 +257,12 @@ struct ShownAgent<'a> {
     says: &'a str,
 }
 
+#[derive(Debug, Serialize)]
+struct ShownReplica<'a> {
+    replica: &'a str,
+    says: &'a str,
+}
+
 impl<'a> From<&'a RotationStatus> for Shown<'a> {
     fn from(status: &'a RotationStatus) -> Self {
         let roots = status.roots.iter().map(|root| ShownRoot {
@@ -246,7 +272,13 @@ impl<'a> From<&'a RotationStatus> for Shown<'a> {
             not_after: humantime::format_rfc3339_seconds(root.not_after).to_string(),
         });
         let agents = status.agents.iter().map(|(agent, says)| ShownAgent { agent, says });
-        Self { phase: status.phase.name(), roots: roots.collect(), agents: agents.collect() }
+        let replicas = status.replicas.iter().map(|(replica, says)| ShownReplica { replica, says });
+        Self {
+            phase: status.phase.name(),
+            roots: roots.collect(),
+            agents: agents.collect(),
+            replicas: replicas.collect(),
+        }
     }
 }
 
@@ -261,10 +293,12 @@ fn text(status: &RotationStatus) -> String {
         .map(|root| vec![root.role.to_owned(), root.subject.clone(), root.serial.clone(), left(root.not_after)])
         .collect();
     let mut text = format!("{}\n\n{}", status.phase.name(), table(&["ROLE", "ROOT", "SERIAL", "LEFT"], &roots));
-    if !status.agents.is_empty() {
-        let agents: Vec<_> = status.agents.iter().map(|(agent, says)| vec![agent.clone(), says.clone()]).collect();
-        text.push('\n');
-        text.push_str(&table(&["AGENT", "SAYS"], &agents));
+    for (who, said) in [("AGENT", &status.agents), ("REPLICA", &status.replicas)] {
+        if !said.is_empty() {
+            let lines: Vec<_> = said.iter().map(|(who, says)| vec![who.clone(), says.clone()]).collect();
+            text.push('\n');
+            text.push_str(&table(&[who, "SAYS"], &lines));
+        }
     }
     text
 }

@@ -152,6 +152,19 @@ impl Authority {
         }
     }
 
+    /// A request that could not be read at all is told of and answered like any other that is refused.
+    pub async fn unread(&self, refusal: &Refusal, peer: &str, began: tokio::time::Instant) -> Status {
+        self.refuse(refusal, peer, &Trail::default(), began).await
+    }
+
+    async fn refuse(&self, refusal: &Refusal, peer: &str, trail: &Trail, began: tokio::time::Instant) -> Status {
+        self.told(refusal, peer, trail);
+        if !refusal.outage() {
+            sleep_until(began + step(began.elapsed(), limits::CA_REFUSAL)).await;
+        }
+        refusal.status()
+    }
+
     /// Counts a refusal, and writes a line about it if there were few of its kind lately.
     fn told(&self, refusal: &Refusal, peer: &str, trail: &Trail) {
         let reason = refusal.reason();
@@ -192,13 +205,7 @@ impl IstioCertificateService for Authority {
                 let cert_chain = std::iter::once(issued.pem()).chain(root.chain_pem()).collect();
                 Ok(Response::new(IstioCertificateResponse { cert_chain }))
             }
-            Err(refusal) => {
-                self.told(&refusal, &peer, &trail);
-                if !refusal.outage() {
-                    sleep_until(began + step(began.elapsed(), limits::CA_REFUSAL)).await;
-                }
-                Err(refusal.status())
-            }
+            Err(refusal) => Err(self.refuse(&refusal, &peer, &trail, began).await),
         }
     }
 }

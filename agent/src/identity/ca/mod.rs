@@ -12,7 +12,7 @@
 //! its place.
 //!
 //! Each step takes by value what the one before made, so none can be left out. Nothing of a request's extensions is ever copied,
-//! and a caller never learns why it was refused.
+//! and a caller never learns why it was refused (`opaque`: nor from the gRPC library).
 
 mod admission;
 mod authority;
@@ -21,6 +21,7 @@ mod authorize;
 pub(super) mod fuzzing;
 mod issue;
 mod kubernetes;
+mod opaque;
 mod publish;
 mod recent;
 mod refusal;

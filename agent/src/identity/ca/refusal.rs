@@ -52,6 +52,10 @@ pub(super) enum Refusal {
     #[error("node {0} asked for too many pods that nobody knows")]
     Questions(String),
     // the request
+    #[error("the request has more than {0} bytes")]
+    Oversize(usize),
+    #[error("the request can't be read: {0}")]
+    Unread(String),
     #[error("the CSR has {0} bytes")]
     TooLarge(usize),
     #[error("the CSR can't be parsed")]
@@ -110,6 +114,8 @@ impl Refusal {
             Self::NotOnNode { .. } => "not_on_node",
             Self::Ended { .. } => "pod_ended",
             Self::Questions(_) => "too_many_questions",
+            Self::Oversize(_) => "request_too_large",
+            Self::Unread(_) => "request_malformed",
             Self::TooLarge(_) => "csr_too_large",
             Self::Malformed => "csr_malformed",
             Self::Signature => "csr_signature",

@@ -1,10 +1,13 @@
 //! A root takes another's place, step by step, and no handshake fails: first everyone trusts the new one, then the CA issues from
 //! it, and when nothing of the old one is in use any more, nobody trusts that.
 //!
-//! Pure: from what is stored and what the agents say to what is to be written. `store` reads and writes, `agents` asks. A step
-//! that was broken off is finished by giving it again; one that was done says so; one that would break traffic is refused.
+//! Pure: from what is stored and what agents and replicas say to what is to be written. `store` reads and writes, `ask` asks,
+//! `agents` and `replicas` understand what they say. A step that was broken off is finished by giving it again; one that was done says so; one that would break traffic is refused.
 
 mod agents;
+mod ask;
+mod exposition;
+mod replicas;
 mod store;
 
 use std::{
@@ -15,7 +18,7 @@ use std::{
 use rustls_pki_types::CertificateDer;
 use zeroize::Zeroizing;
 
-pub use agents::{Agents, AgentsError, DEFAULT_PORT};
+pub use ask::{AGENT_PORT, AskError, Group, Places, REPLICA_PORT};
 pub use store::{Store, StoreError};
 
 use self::agents::Seen;
@@ -111,7 +114,7 @@ pub enum RotateError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
-    Agents(#[from] AgentsError),
+    Ask(#[from] AskError),
     #[error("no root can be made: {0}")]
     Make(#[from] CaError),
 }
@@ -132,6 +135,8 @@ pub struct RotationStatus {
     pub roots: Vec<RootLine>,
     /// Of each agent: how many of the roots it trusts, and how many certificates it holds of each, or why it can't be asked.
     pub agents: Vec<(String, String)>,
+    /// Of each replica of the CA: what it issues from, or why it can't be asked.
+    pub replicas: Vec<(String, String)>,
 }
 
 /// A root that the operator brings instead of one that is made: PEM of its certificates and of its key.
@@ -295,7 +300,7 @@ impl View {
         Plan::Do { writes, told: format!("switched: certificates are issued from {}", name(next)), over: true }
     }
 
-    fn finish(&self, seen: &[Seen]) -> Plan {
+    fn finish(&self, seen: &[Seen], replicas: &[replicas::Seen]) -> Plan {
         match self.phase {
             Phase::Steady => return Plan::Nothing("no rotation is under way".to_owned()),
             Phase::Switched | Phase::Finishing => {}
@@ -308,9 +313,9 @@ impl View {
         let old = Self::anchor(self.previous.as_ref()).filter(|old| Some(*old) != current.anchor());
         let mut writes = Vec::new();
         if let Some(old) = old {
-            let holding = agents::holding(seen, old);
-            if !holding.is_empty() {
-                return Plan::Refused(holding);
+            let needed = needed(seen, old, replicas, current);
+            if !needed.is_empty() {
+                return Plan::Refused(needed);
             }
             let left: Vec<_> = self.bundle.iter().filter(|root| *root != old).cloned().collect();
             writes.push(bundle(&left));
@@ -319,7 +324,7 @@ impl View {
         Plan::Do { writes, told: format!("finished: {} alone issues and is trusted", name(current)), over: true }
     }
 
-    fn back(&self, held: &Held, seen: &[Seen]) -> Plan {
+    fn back(&self, held: &Held, seen: &[Seen], replicas: &[replicas::Seen]) -> Plan {
         match (self.phase, &self.previous, &self.next) {
             (Phase::Switched | Phase::Between, Some(previous), _) => {
                 let missing = agents::not_trusting(seen, previous.anchor());
@@ -336,12 +341,15 @@ impl View {
                 Plan::Do { writes, told, over: false }
             }
             (Phase::Prepared | Phase::Preparing, _, Some(next)) => {
-                let kept = self.current.as_ref().ok().and_then(Root::anchor);
+                let kept = self.current.as_ref().ok();
                 let mut writes = Vec::new();
-                if let Some(dropped) = next.anchor().filter(|anchor| Some(*anchor) != kept) {
-                    let holding = agents::holding(seen, dropped);
-                    if !holding.is_empty() {
-                        return Plan::Refused(holding);
+                if let Some(dropped) = next.anchor().filter(|anchor| Some(*anchor) != kept.and_then(Root::anchor)) {
+                    let needed = match kept {
+                        Some(kept) => needed(seen, dropped, replicas, kept),
+                        None => agents::holding(seen, dropped),
+                    };
+                    if !needed.is_empty() {
+                        return Plan::Refused(needed);
                     }
                     let left: Vec<_> = self.bundle.iter().filter(|root| *root != dropped).cloned().collect();
                     writes.push(bundle(&left));
@@ -357,6 +365,14 @@ impl View {
     }
 }
 
+/// Who needs a root that is to go, a line each: replicas that do not issue from `stays`, agents with certificates or lists of it.
+fn needed(seen: &[Seen], goes: &CertificateDer<'static>, replicas: &[replicas::Seen], stays: &Root) -> Vec<String> {
+    let mut lines = replicas::not_issuing_from(replicas, stays);
+    lines.extend(agents::holding(seen, goes));
+    lines.extend(agents::listing(seen, goes));
+    lines
+}
+
 /// A root as it is spoken of: subject and serial number.
 fn name(root: &Root) -> String {
     root.anchor().map(describe).unwrap_or_default()
@@ -365,7 +381,9 @@ fn name(root: &Root) -> String {
 /// A rotation of the key in one store.
 pub struct Rotation {
     pub store: Store,
-    pub agents: Agents,
+    pub agents: Group,
+    /// Of the CA.
+    pub replicas: Group,
     pub trust_domain: TrustDomain,
     /// Of a root that is made.
     pub lifetime: Duration,
@@ -385,9 +403,9 @@ impl Rotation {
             let view = stored.held.view(now)?;
             let plan = match step {
                 Step::Prepare => view.prepare(&stored.held, &self.successor(now)?),
-                Step::Switch => view.switch(&stored.held, &self.agents.ask().await?),
-                Step::Finish => view.finish(&self.agents.ask().await?),
-                Step::Back => view.back(&stored.held, &self.agents.ask().await?),
+                Step::Switch => view.switch(&stored.held, &self.agents.ask(agents::said).await?),
+                Step::Finish => view.finish(&self.agents.ask(agents::said).await?, &self.issuing().await?),
+                Step::Back => view.back(&stored.held, &self.agents.ask(agents::said).await?, &self.issuing().await?),
             };
             match plan {
                 Plan::Nothing(line) if told.is_empty() => return Ok(Outcome::Done(line)),
@@ -405,6 +423,10 @@ impl Rotation {
                 }
             }
         }
+    }
+
+    async fn issuing(&self) -> Result<Vec<replicas::Seen>, AskError> {
+        self.replicas.ask(replicas::said).await
     }
 
     /// The pair that `Prepare` stores, in the order in which it is written.
@@ -449,9 +471,11 @@ impl Rotation {
         for root in view.bundle.iter().filter(|root| ![issuing, next, previous].contains(&Some(*root))) {
             add("trusted", root);
         }
-        let seen = if self.agents.known() { self.agents.ask().await? } else { Vec::new() };
-        let agents = seen.iter().map(|seen| (seen.agent.clone(), seen.line(&roots))).collect();
-        Ok(RotationStatus { phase: view.phase, roots, agents })
+        let seen = if self.agents.known() { self.agents.ask(agents::said).await? } else { Vec::new() };
+        let agents = seen.iter().map(|seen| (seen.who.clone(), seen.line(&roots))).collect();
+        let seen = if self.replicas.known() { self.issuing().await? } else { Vec::new() };
+        let replicas = seen.iter().map(|seen| (seen.who.clone(), seen.line())).collect();
+        Ok(RotationStatus { phase: view.phase, roots, agents, replicas })
     }
 }
 

@@ -28,7 +28,7 @@ use tonic::transport::server::{Connected, Server, TcpConnectInfo};
 use zeroize::Zeroizing;
 
 use super::{
-    Authorization, CaConfig, CaError, authority::Authority, issue::sign_server, kubernetes::api_client,
+    Authorization, CaConfig, CaError, authority::Authority, issue::sign_server, kubernetes::api_client, opaque::Opaque,
     publish::Publisher, refusal::Refusal, root::Root, source::Keys, vitals::Vitals,
 };
 use crate::{
@@ -114,9 +114,10 @@ impl Ca {
         let following = stop.clone();
         tokio::spawn(async move { keys.follow(following).await });
         let publishing = tokio::spawn(self.publisher.run(stop.clone()));
-        let service = IstioCertificateServiceServer::from_arc(self.authority)
+        let service = IstioCertificateServiceServer::from_arc(Arc::clone(&self.authority))
             .max_decoding_message_size(limits::CA_REQUEST_BYTES)
             .max_encoding_message_size(limits::CA_ANSWER_BYTES);
+        let service = Opaque { inner: service, authority: self.authority };
         let serving = Server::builder()
             .timeout(limits::CA_REQUEST)
             .max_concurrent_streams(limits::CA_STREAMS)

@@ -7,6 +7,7 @@ mod apiserver;
 mod admission;
 mod nodes;
 mod off_node;
+mod rights;
 
 use std::{
     collections::BTreeMap,
@@ -14,6 +15,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use prost::Message;
 use prost_types::{Struct, Value, value::Kind};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
@@ -23,7 +25,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig};
 use x509_parser::prelude::*;
 
 use super::{
-    Authorization, Ca, CaConfig, KeySource,
+    Authorization, Ca, CaConfig, KeySource, Vitals,
     admission::{Admission, Approved},
     authorize::Authorized,
     issue::{examine, identity, sign},
@@ -35,6 +37,7 @@ use crate::{
         IMPERSONATED_IDENTITY, SpiffeId, TrustDomain,
         key::WorkloadKey,
         proto::{IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient},
+        tests::support::client_config,
     },
     life::limits,
 };
@@ -241,6 +244,7 @@ fn an_ed25519_key_is_signed_too() {
 struct Running {
     directory: tempfile::TempDir,
     channel: Channel,
+    vitals: Vitals,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -270,8 +274,9 @@ async fn running(token: Option<&str>) -> Running {
     let ca = Ca::bind(config(&directory)).await.unwrap();
     let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca.root_pem())).domain_name("ca.test");
     let endpoint = Channel::from_shared(format!("https://{}", ca.address())).unwrap().tls_config(tls).unwrap();
+    let vitals = ca.vitals();
     let task = tokio::spawn(async move { ca.run(std::future::pending()).await.unwrap() });
-    Running { directory, channel: endpoint.connect_lazy(), task }
+    Running { directory, channel: endpoint.connect_lazy(), vitals, task }
 }
 
 async fn call(
@@ -326,10 +331,34 @@ async fn without_a_token_file_nothing_is_signed() {
 }
 
 #[tokio::test]
-async fn an_oversize_request_does_not_reach_the_parser() {
+async fn what_the_grpc_library_can_not_take_is_refused_like_anything_else_and_counted() {
     let ca = running(Some("secret")).await;
-    let status = call(&ca, &["Bearer secret"], request("x".repeat(1 << 20), named(WEB), 60)).await.unwrap_err();
-    assert_eq!(status.code(), tonic::Code::OutOfRange);
+    let counted = |reason: &str| {
+        let line = format!("heddle_ca_requests_total{{reason=\"{reason}\",result=\"refused\"}} ");
+        let text = ca.vitals.exposition().unwrap();
+        text.lines().find_map(|one| one.strip_prefix(&line)).map_or(0.0, |value| value.parse::<f64>().unwrap())
+    };
+    // One byte more than the library takes, and far more.
+    let around = request(String::new(), named(WEB), 60).encoded_len() + 3;
+    for (number, length) in [limits::CA_REQUEST_BYTES - around + 1, 1 << 20].into_iter().enumerate() {
+        let asked = Instant::now();
+        let status = call(&ca, &["Bearer secret"], request("x".repeat(length), named(WEB), 60)).await.unwrap_err();
+        assert_eq!((status.code() as i32, status.message()), (16, "request authenticate failure"), "{length}");
+        assert!(asked.elapsed() >= limits::CA_REFUSAL, "{length}: {:?}", asked.elapsed());
+        assert_eq!(counted("request_too_large"), number as f64 + 1.0, "{length}");
+    }
+    let status = call(&ca, &["Bearer secret"], request("x".repeat(limits::CA_REQUEST_BYTES - around), named(WEB), 60));
+    assert_eq!(status.await.unwrap_err().message(), "request authenticate failure");
+    assert_eq!((counted("request_too_large"), counted("csr_too_large")), (2.0, 1.0), "one byte less is read");
+
+    // What is no message of ours: a CSR that is no text.
+    let mut grpc = tonic::client::Grpc::new(ca.channel.clone());
+    grpc.ready().await.unwrap();
+    let path = http::uri::PathAndQuery::from_static("/istio.v1.auth.IstioCertificateService/CreateCertificate");
+    let codec = tonic_prost::ProstCodec::<Vec<u8>, IstioCertificateRequest>::default();
+    let status = grpc.unary(tonic::Request::new(vec![0xff]), path, codec).await.map(drop).unwrap_err();
+    assert_eq!((status.code() as i32, status.message()), (16, "request authenticate failure"));
+    assert_eq!(counted("request_malformed"), 1.0);
 }
 
 #[tokio::test]
@@ -377,18 +406,7 @@ async fn an_intermediate_issues_with_its_chain() {
     let address = ca.address();
     let task = tokio::spawn(async move { ca.run(std::future::pending()).await.unwrap() });
     let web: SpiffeId = WEB.parse().unwrap();
-    let certificates = crate::identity::Certificates::start(crate::identity::CaClientConfig {
-        address: format!("https://{address}"),
-        server_name: None,
-        root_certificate: path("root.pem"),
-        token_file: path("token"),
-        cluster_id: "Kubernetes".to_owned(),
-        cert_signer: None,
-        headers: Vec::new(),
-        trust_domain: trust_domain(),
-        lifetime: HOUR,
-    })
-    .unwrap();
+    let certificates = crate::identity::Certificates::start(client_config(address, directory.path(), HOUR)).unwrap();
     certificates.keep([web.clone()].into());
     let server = certificates.server(&web).await.unwrap();
     let client = certificates.client(&web, &web).await.unwrap();

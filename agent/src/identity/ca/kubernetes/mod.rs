@@ -1,7 +1,8 @@
 //! Node authorization in a Kubernetes cluster: who calls, and may its node have this identity?
 //!
 //! Asks `review` and `authorize`, which decide, and brings them the API server's words. What the watch knows answers at once;
-//! before anybody is refused by it, the API server is asked itself. An API server that is away is an outage, not a refusal.
+//! before anybody is refused by it, or let in by what a silent watch knew, the API server is asked itself. An API server that is away
+//! is an outage, not a refusal.
 
 mod api;
 mod client;
@@ -24,7 +25,7 @@ use self::{api::Api, pods::Pods};
 use super::{
     NodeAuthorization,
     admission::Admission,
-    authorize::{Authorized, Bound, Caller, Rules, bound, here},
+    authorize::{Authorized, Bound, Caller, Pod, Rules, bound, here},
     recent::Recent,
     refusal::Refusal,
     review::claims,
@@ -57,7 +58,7 @@ impl Nodes {
         vitals.wait(watch::WAIT);
         Self {
             api: Api::new(client, vitals.clone()),
-            pods: Arc::default(),
+            pods: Arc::new(Pods::new()),
             rules: Rules { audience: config.audience, agents: config.agents },
             cluster_id: config.cluster_id,
             reviews: Mutex::new(Recent::new(limits::CA_REVIEWS)),
@@ -77,13 +78,24 @@ impl Nodes {
         }
         let bound = self.review(token).await?;
         let known = self.pods.named(bound.namespace(), bound.pod());
-        if let Some(known) = known
-            && let Ok(caller) = bound.stand(Some(&known), SystemTime::now())
+        if let Some(known) = &known
+            && self.pods.certain(known, Instant::now())
+            && let Ok(caller) = bound.stand(Some(known), SystemTime::now())
         {
             return Ok(caller);
         }
-        let pod = self.api.pod(bound.namespace(), bound.pod()).await?;
+        let pod = self.ask(bound.namespace(), bound.pod(), known.as_deref()).await?;
         bound.stand(pod.as_ref(), SystemTime::now())
+    }
+
+    /// What the API server says of a pod now. Where that is what is known of it, what is known holds for a while.
+    async fn ask(&self, namespace: &str, name: &str, known: Option<&Pod>) -> Result<Option<Pod>, Refusal> {
+        let asked = Instant::now();
+        let pod = self.api.pod(namespace, name).await?;
+        if let Some(known) = known.filter(|known| pod.as_ref() == Some(known)) {
+            self.pods.confirm(known, asked);
+        }
+        Ok(pod)
     }
 
     /// Whether the caller's node may have the identity.
@@ -95,9 +107,19 @@ impl Nodes {
     ) -> Result<Authorized, Refusal> {
         let node = caller.node().ok_or(Refusal::Token)?;
         let (namespace, account) = (identity.namespace(), identity.service_account());
-        let known = self.pods.at(node, namespace, account);
-        if let Ok(authorized) = here(caller, identity, known.iter().map(|pod| &**pod), SystemTime::now()) {
-            return Ok(authorized);
+        let (known, mut doubtful) = (self.pods.at(node, namespace, account), None);
+        for pod in &known {
+            let Ok(authorized) = here(caller, identity, [&**pod], SystemTime::now()) else { continue };
+            if self.pods.certain(pod, Instant::now()) {
+                return Ok(authorized);
+            }
+            doubtful.get_or_insert(pod);
+        }
+        if let Some(known) = doubtful {
+            let pod = self.ask(&known.namespace, &known.name, Some(known)).await?;
+            if let Ok(authorized) = here(caller, identity, &pod, SystemTime::now()) {
+                return Ok(authorized);
+            }
         }
         admission.question(node, Instant::now())?;
         let pods = self.api.pods_at(node, namespace, account).await?;

@@ -2,55 +2,87 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, PoisonError, RwLock},
-    time::SystemTime,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard},
+    time::{Instant, SystemTime},
 };
 
 use k8s_openapi::api::core::v1;
 
 use crate::{
-    identity::ca::authorize::{Phase, Pod},
+    identity::ca::{
+        authorize::{Phase, Pod},
+        recent::Recent,
+    },
     life::limits,
 };
 
 /// What is known, while it is the API server's present word; empty otherwise.
-#[derive(Debug, Default)]
-pub(super) struct Pods(RwLock<Option<Index>>);
+#[derive(Debug)]
+pub(super) struct Pods {
+    index: RwLock<Option<Index>>,
+    /// UIDs of pods of which the API server itself said lately, because the watch was silent, that they are as they are known.
+    confirmed: Mutex<Recent<Arc<str>, ()>>,
+}
 
 impl Pods {
+    /// Nothing is known.
+    pub fn new() -> Self {
+        Self { index: RwLock::default(), confirmed: Mutex::new(Recent::new(limits::CA_PODS_CONFIRMED)) }
+    }
+
     /// A pod, if the watch told of it.
     pub fn named(&self, namespace: &str, name: &str) -> Option<Arc<Pod>> {
-        let index = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        index.as_ref()?.named.get(&(namespace.into(), name.into())).cloned()
+        self.index().as_ref()?.named.get(&(namespace.into(), name.into())).cloned()
     }
 
     /// The pods of a service account on a node that the watch told of.
     pub fn at(&self, node: &str, namespace: &str, account: &str) -> Vec<Arc<Pod>> {
-        let index = self.0.read().unwrap_or_else(PoisonError::into_inner);
         let place = Place { node: node.into(), namespace: namespace.into(), account: account.into() };
-        index.as_ref().and_then(|index| index.placed.get(&place)).cloned().unwrap_or_default()
+        self.index().as_ref().and_then(|index| index.placed.get(&place)).cloned().unwrap_or_default()
+    }
+
+    /// Whether what is known of a pod is known well enough to give an identity: the watch said something lately, or the API
+    /// server was asked for this very pod. A watch whose connection is dead says nothing, and tells of no pod that goes.
+    pub fn certain(&self, pod: &Pod, now: Instant) -> bool {
+        let word = self.index().as_ref().map(|index| index.word);
+        word.is_some_and(|word| now.saturating_duration_since(word) < limits::CA_WATCH_WORD)
+            || self.confirmed().get(&pod.uid, now).is_some()
+    }
+
+    /// The API server says that it is as it is known.
+    pub fn confirm(&self, pod: &Pod, now: Instant) {
+        self.confirmed().put(Arc::clone(&pod.uid), (), now + limits::CA_WATCH_WORD, now);
+    }
+
+    fn index(&self) -> RwLockReadGuard<'_, Option<Index>> {
+        self.index.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn confirmed(&self) -> MutexGuard<'_, Recent<Arc<str>, ()>> {
+        self.confirmed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Everything is known anew; or, for the time being, nothing is.
     pub fn replace(&self, index: Option<Index>) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = index;
+        *self.index.write().unwrap_or_else(PoisonError::into_inner) = index;
     }
 
-    /// Changes what is known; nothing happens while nothing is.
+    /// Changes what is known, by the watch's word; nothing happens while nothing is.
     pub fn change(&self, change: impl FnOnce(&mut Index)) {
-        if let Some(index) = self.0.write().unwrap_or_else(PoisonError::into_inner).as_mut() {
+        if let Some(index) = self.index.write().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            index.word = Instant::now();
             change(index);
         }
     }
 
     /// Whether the watch is up.
     pub fn known(&self) -> bool {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.index().is_some()
     }
 
     /// How many are known.
     pub fn len(&self) -> usize {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, |index| index.named.len())
+        self.index().as_ref().map_or(0, |index| index.named.len())
     }
 }
 
@@ -62,13 +94,20 @@ struct Place {
 }
 
 /// Scheduled pods that have not finished.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Index {
+    /// When the API server last said something of a pod.
+    word: Instant,
     named: HashMap<(Arc<str>, Arc<str>), Arc<Pod>>,
     placed: HashMap<Place, Vec<Arc<Pod>>>,
 }
 
 impl Index {
+    /// What is known when a list begins.
+    pub fn new(now: Instant) -> Self {
+        Self { word: now, named: HashMap::new(), placed: HashMap::new() }
+    }
+
     /// A pod is there, or has changed.
     pub fn put(&mut self, pod: Pod) {
         self.remove(&pod.namespace, &pod.name);

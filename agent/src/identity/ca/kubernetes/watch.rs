@@ -1,8 +1,13 @@
 //! Keeps [`Pods`] what the API server says: list, then watch; after any failure from the beginning.
 //!
-//! Nothing that may be out of date is kept: while the watch is down, the API server is asked itself.
+//! Nothing that may be out of date is kept: while the watch is down, the API server is asked itself. A watch that is silent may be
+//! dead, which shows only after a minute: what it knows is then confirmed, pod by pod (see [`Pods::certain`]).
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{
+    pin::pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures::StreamExt;
 use k8s_openapi::api::core::v1;
@@ -44,7 +49,7 @@ pub(super) async fn follow(pods: Arc<Pods>, client: Client, vitals: Vitals) {
 async fn watch(pods: &Pods, client: Client, vitals: &Vitals) -> String {
     let config = Config::default().timeout(limits::KUBE_WATCH);
     let mut events = pin!(watcher(Api::<v1::Pod>::all(client), config));
-    let mut listed = Some(Index::default());
+    let mut listed = Some(Index::new(Instant::now()));
     loop {
         // A page of a list comes or does not; of a watch the connection's own deadline says whether it lives.
         let patience = if listed.is_some() { limits::CA_LIST } else { Duration::MAX };
@@ -55,7 +60,7 @@ async fn watch(pods: &Pods, client: Client, vitals: &Vitals) -> String {
             Err(_) => return "no answer".to_owned(),
         };
         match (event, listed.as_mut()) {
-            (Event::Init, _) => listed = Some(Index::default()),
+            (Event::Init, _) => listed = Some(Index::new(Instant::now())),
             (Event::InitApply(pod), Some(index)) => {
                 if let Some(pod) = read(&pod) {
                     index.put(pod);

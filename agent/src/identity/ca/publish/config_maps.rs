@@ -1,16 +1,15 @@
-//! The trust bundle in a ConfigMap of the CA's own namespace and of every namespace that is enrolled by its label.
+//! The trust bundle in a ConfigMap of the CA's own namespace and of every namespace that is enrolled by its label, or has a pod
+//! that is. Taken away again, where it was made here, from a namespace that has left the mesh.
 //!
-//! Two lists a turn, whatever the number of namespaces; a write only where something differs.
+//! Three lists a turn, whatever the number of namespaces; a write only where something differs.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use k8s_openapi::{
-    api::core::v1::{ConfigMap, Namespace},
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
-};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod};
 use kube::{
     Api, Client, ResourceExt,
-    api::{ListParams, PostParams},
+    api::{DeleteParams, ListParams, ObjectList, PostParams, Preconditions},
+    core::PartialObjectMeta,
 };
 
 use crate::{
@@ -49,58 +48,81 @@ impl ConfigMaps {
             }
         };
         self.away = false;
-        let mut written = 0_u64;
+        let (mut written, mut removed) = (0_u64, 0_u64);
         let mut failing = HashSet::new();
-        for namespace in namespaces {
-            let there = found.get(&namespace);
-            if there.is_some_and(|map| held(map) == Some(bundle)) {
-                continue;
-            }
-            match self.write(&namespace, there, bundle).await {
-                Ok(()) => written += 1,
-                Err(error) => {
-                    if !self.failing.contains(&namespace) {
-                        tracing::warn!(namespace, config_map = NAME, %error, "Trust bundle not published; trying again.");
-                    }
-                    failing.insert(namespace);
+        for namespace in namespaces.iter().chain(left(&namespaces, &found)) {
+            let there = found.get(namespace);
+            let done = if !namespaces.contains(namespace) {
+                self.remove(namespace, there).await.map(|()| removed += 1)
+            } else if there.is_some_and(|map| held(map) == Some(bundle)) {
+                Ok(())
+            } else {
+                self.write(namespace, there, bundle).await.map(|()| written += 1)
+            };
+            if let Err(error) = done {
+                if !self.failing.contains(namespace) {
+                    tracing::warn!(namespace, config_map = NAME, %error, "Trust bundle not published; trying again.");
                 }
+                failing.insert(namespace.clone());
             }
         }
         self.failing = failing;
-        if written > 0 {
-            tracing::info!(config_map = NAME, written, "Trust bundle published to namespaces.");
+        if written + removed > 0 {
+            tracing::info!(config_map = NAME, written, removed, "Trust bundle published to namespaces.");
         }
         self.failing.is_empty()
     }
 
     /// Namespaces that are to have it, and the ConfigMaps that there are.
     async fn look(&self) -> Result<(BTreeSet<String>, HashMap<String, ConfigMap>), kube::Error> {
-        let enrolled = ListParams::default().labels(MESH).limit(limits::KUBE_PAGE);
+        let page = |params: ListParams| params.limit(limits::KUBE_PAGE);
+        let (all, said) = (Api::<Namespace>::all(self.client.clone()), page(ListParams::default().labels(MESH)));
         let mut namespaces: BTreeSet<String> = BTreeSet::from([self.own.clone()]);
-        for namespace in pages(&Api::<Namespace>::all(self.client.clone()), enrolled).await? {
+        let mut apart = HashSet::new();
+        for namespace in pages(said, |wanted| listed(all.clone(), wanted)).await? {
             let ending = namespace.metadata.deletion_timestamp.is_some();
-            if !ending && wish(namespace.metadata.labels.as_ref()) == Wish::Enabled {
-                namespaces.insert(namespace.name_any());
+            match wish(namespace.metadata.labels.as_ref()) {
+                Wish::Enabled if !ending => drop(namespaces.insert(namespace.name_any())),
+                Wish::Disabled => drop(apart.insert(namespace.name_any())),
+                _ => {}
             }
         }
-        let named = ListParams::default().fields(&format!("metadata.name={NAME}")).limit(limits::KUBE_PAGE);
-        let maps = pages(&Api::<ConfigMap>::all(self.client.clone()), named).await?;
+        // A pod's own label enrols it wherever its namespace does not say no.
+        let (all, said) = (Api::<Pod>::all(self.client.clone()), format!("{MESH}=enabled"));
+        let said = page(ListParams::default().labels(&said));
+        let pods = pages(said, |wanted| named(all.clone(), wanted)).await?;
+        let theirs = pods.into_iter().filter(|pod| pod.metadata.deletion_timestamp.is_none());
+        let theirs = theirs.filter_map(|pod| pod.metadata.namespace);
+        namespaces.extend(theirs.filter(|namespace| !apart.contains(namespace)));
+        let all = Api::<ConfigMap>::all(self.client.clone());
+        let ours = page(ListParams::default().fields(&format!("metadata.name={NAME}")));
+        let maps = pages(ours, |wanted| listed(all.clone(), wanted)).await?;
         let found = maps.into_iter().filter_map(|map| Some((map.metadata.namespace.clone()?, map))).collect();
         Ok((namespaces, found))
+    }
+
+    /// Takes away what was seen, and nothing that somebody put in its place since.
+    async fn remove(&self, namespace: &str, there: Option<&ConfigMap>) -> Result<(), kube::Error> {
+        let Some(there) = there else { return Ok(()) };
+        let seen = Preconditions { uid: there.uid(), resource_version: there.resource_version() };
+        let params = DeleteParams { preconditions: Some(seen), ..DeleteParams::default() };
+        let api = Api::<ConfigMap>::namespaced(self.client.clone(), namespace);
+        match within(api.delete(NAME, &params)).await {
+            Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+            deleted => deleted.map(drop),
+        }
     }
 
     async fn write(&self, namespace: &str, there: Option<&ConfigMap>, bundle: &str) -> Result<(), kube::Error> {
         let api = Api::<ConfigMap>::namespaced(self.client.clone(), namespace);
         let data = Some(BTreeMap::from([(KEY.to_owned(), bundle.to_owned())]));
+        let mut map = ConfigMap { data, ..there.cloned().unwrap_or_default() };
+        map.metadata.name = Some(NAME.to_owned());
+        map.labels_mut().insert(MANAGED_BY.0.to_owned(), MANAGED_BY.1.to_owned());
         match there {
             // With the version that was seen: what was changed meanwhile is looked at again.
-            Some(map) => within(api.replace(NAME, &PostParams::default(), &ConfigMap { data, ..map.clone() })).await,
-            None => {
-                let labels = BTreeMap::from([(MANAGED_BY.0.to_owned(), MANAGED_BY.1.to_owned())]);
-                let metadata =
-                    ObjectMeta { name: Some(NAME.to_owned()), labels: Some(labels), ..ObjectMeta::default() };
-                within(api.create(&PostParams::default(), &ConfigMap { metadata, data, ..ConfigMap::default() })).await
-            }
+            Some(_) => within(api.replace(NAME, &PostParams::default(), &map)).await,
+            None => within(api.create(&PostParams::default(), &map)).await,
         }
         .map(drop)
     }
@@ -110,14 +132,38 @@ fn held(map: &ConfigMap) -> Option<&str> {
     map.data.as_ref()?.get(KEY).map(String::as_str)
 }
 
-/// Every object of a list, page by page.
-async fn pages<K>(api: &Api<K>, mut wanted: ListParams) -> Result<Vec<K>, kube::Error>
+/// Namespaces that have what was made here, and are to have it no more.
+fn left<'a>(
+    wanted: &'a BTreeSet<String>,
+    found: &'a HashMap<String, ConfigMap>,
+) -> impl Iterator<Item = &'a String> + 'a {
+    let ours = |map: &ConfigMap| map.labels().get(MANAGED_BY.0).is_some_and(|by| by == MANAGED_BY.1);
+    found
+        .iter()
+        .filter(move |(namespace, map)| !wanted.contains(*namespace) && ours(map))
+        .map(|(namespace, _)| namespace)
+}
+
+async fn listed<K>(api: Api<K>, wanted: ListParams) -> Result<ObjectList<K>, kube::Error>
 where
     K: Clone + std::fmt::Debug + serde::de::DeserializeOwned,
 {
+    within(api.list(&wanted)).await
+}
+
+/// Names and labels alone.
+async fn named(api: Api<Pod>, wanted: ListParams) -> Result<ObjectList<PartialObjectMeta<Pod>>, kube::Error> {
+    within(api.list_metadata(&wanted)).await
+}
+
+/// Every object of a list, page by page.
+async fn pages<K: Clone, L>(mut wanted: ListParams, list: impl Fn(ListParams) -> L) -> Result<Vec<K>, kube::Error>
+where
+    L: Future<Output = Result<ObjectList<K>, kube::Error>>,
+{
     let mut all = Vec::new();
     loop {
-        let page = within(api.list(&wanted)).await?;
+        let page = list(wanted.clone()).await?;
         let more = page.metadata.continue_.filter(|token| !token.is_empty());
         all.extend(page.items);
         match more {

@@ -38,6 +38,8 @@ struct Objects {
     /// Version, kind of event, object.
     events: Vec<(u64, &'static str, Key, Value)>,
     asked: BTreeSet<Asked>,
+    /// What TokenReviews say (`status`), by token.
+    reviews: BTreeMap<String, Value>,
     /// Answers 500 to everything.
     broken: bool,
 }
@@ -51,6 +53,7 @@ struct Shared {
 pub struct ApiServer {
     shared: Shared,
     pub client: kube::Client,
+    address: String,
     task: JoinHandle<()>,
 }
 
@@ -68,7 +71,7 @@ impl ApiServer {
         let router = Router::new().fallback(answer).with_state(shared.clone());
         let task = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
         let config = kube::Config::new(address.parse().unwrap());
-        Self { shared, client: kube::Client::try_from(config).unwrap(), task }
+        Self { shared, client: kube::Client::try_from(config).unwrap(), address, task }
     }
 
     fn objects(&self) -> MutexGuard<'_, Objects> {
@@ -87,18 +90,30 @@ impl ApiServer {
         self.shared.changed.send_replace(());
     }
 
+    /// From now on this is what a review of the token says (`status`).
+    pub fn reviewed(&self, token: &str, status: Value) {
+        self.objects().reviews.insert(token.to_owned(), status);
+    }
+
+    /// A kubeconfig that leads here.
+    pub fn kubeconfig(&self) -> Value {
+        json!({
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "test",
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": "heddle-system"}}],
+            "clusters": [{"name": "test", "cluster": {"server": self.address}}],
+            "users": [{"name": "test", "user": {}}],
+        })
+    }
+
     pub fn get(&self, resource: &str, namespace: &str, name: &str) -> Option<Value> {
         self.objects().objects.get(&(resource.to_owned(), namespace.to_owned(), name.to_owned())).cloned()
     }
 
     pub fn remove(&self, resource: &str, namespace: &str, name: &str) {
         let key = (resource.to_owned(), namespace.to_owned(), name.to_owned());
-        let mut objects = self.objects();
-        objects.version += 1;
-        let version = objects.version;
-        let object = objects.objects.remove(&key).unwrap();
-        objects.events.push((version, "DELETED", key, object));
-        drop(objects);
+        self.objects().take(key);
         self.shared.changed.send_replace(());
     }
 
@@ -108,6 +123,13 @@ impl ApiServer {
 }
 
 impl Objects {
+    fn take(&mut self, key: Key) -> Value {
+        self.version += 1;
+        let object = self.objects.remove(&key).unwrap();
+        self.events.push((self.version, "DELETED", key, object.clone()));
+        object
+    }
+
     fn store(&mut self, key: Key, mut object: Value) -> Value {
         self.version += 1;
         object["metadata"]["resourceVersion"] = json!(self.version.to_string());
@@ -140,7 +162,7 @@ fn target(path: &str) -> (String, String, String, String) {
 
 fn query(uri: &Uri) -> BTreeMap<String, String> {
     let pairs = uri.query().unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
-    let plain = |text: &str| text.replace("%3D", "=").replace("%2F", "/");
+    let plain = |text: &str| text.replace("%3D", "=").replace("%2F", "/").replace("%2C", ",");
     pairs.map(|(key, value)| (key.to_owned(), plain(value))).collect()
 }
 
@@ -155,6 +177,7 @@ async fn answer(State(shared): State<Shared>, method: Method, uri: Uri, body: By
         (&Method::GET, true, true) => "watch",
         (&Method::POST, ..) => "create",
         (&Method::PUT, ..) => "update",
+        (&Method::DELETE, false, _) => "delete",
         _ => return status(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed"),
     };
     let mut objects = shared.objects.lock().unwrap();
@@ -168,14 +191,23 @@ async fn answer(State(shared): State<Shared>, method: Method, uri: Uri, body: By
     if objects.broken {
         return status(StatusCode::INTERNAL_SERVER_ERROR, "InternalError");
     }
-    let label = query.get("labelSelector").cloned().unwrap_or_default();
+    // KEY, or KEY=VALUE.
+    let selector = query.get("labelSelector").cloned().unwrap_or_default();
+    let wants = selector.split(',').filter(|term| !term.is_empty()).map(|term| match term.split_once('=') {
+        Some((key, value)) => (key.to_owned(), Some(json!(value))),
+        None => (term.to_owned(), None),
+    });
+    let wants: Vec<(String, Option<Value>)> = wants.collect();
     let (here, named) = (namespace.clone(), wanted.to_owned());
     let kind = resource.clone();
     let fits = move |key: &Key, object: &Value| {
         key.0 == kind
             && (here.is_empty() || key.1 == here)
             && (named.is_empty() || key.2 == named)
-            && (label.is_empty() || !object["metadata"]["labels"][&label].is_null())
+            && wants.iter().all(|(label, value)| {
+                let there = &object["metadata"]["labels"][label];
+                !there.is_null() && value.as_ref().is_none_or(|value| value == there)
+            })
     };
     match verb {
         "get" => match objects.objects.get(&(resource, namespace, name)) {
@@ -199,6 +231,28 @@ async fn answer(State(shared): State<Shared>, method: Method, uri: Uri, body: By
             let since: u64 = query.get("resourceVersion").and_then(|text| text.parse().ok()).unwrap_or_default();
             drop(objects);
             follow(&shared, since, fits)
+        }
+        "create" if resource == "tokenreviews" => {
+            let mut review: Value = serde_json::from_slice(&body).unwrap();
+            let text = review["spec"]["token"].as_str().unwrap().to_owned();
+            review["status"] = objects.reviews.get(&text).cloned().unwrap_or(json!({"authenticated": false}));
+            (StatusCode::CREATED, axum::Json(review)).into_response()
+        }
+        "delete" => {
+            let key = (resource, namespace, name);
+            let preconditions: Value = serde_json::from_slice(&body).unwrap_or_default();
+            let wanted = &preconditions["preconditions"]["resourceVersion"];
+            match objects.objects.get(&key) {
+                None => return status(StatusCode::NOT_FOUND, "NotFound"),
+                Some(there) if !wanted.is_null() && *wanted != there["metadata"]["resourceVersion"] => {
+                    return status(StatusCode::CONFLICT, "Conflict");
+                }
+                Some(_) => {}
+            }
+            let gone = objects.take(key);
+            drop(objects);
+            shared.changed.send_replace(());
+            axum::Json(gone).into_response()
         }
         "create" => {
             let object: Value = serde_json::from_slice(&body).unwrap();

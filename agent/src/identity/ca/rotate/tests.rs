@@ -1,23 +1,28 @@
-//! A rotation on a directory: what each step writes, what it refuses, and that one that was broken off is finished.
+//! A rotation on a directory, and on a Secret: what each step writes, what it refuses, and that one that was broken off is finished.
 
 use std::{
     fs,
+    net::IpAddr,
     path::Path,
     sync::{Arc, Mutex},
 };
 
 use axum::{Router, routing::get};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{net::TcpListener, task::JoinHandle};
 
 use super::*;
 use crate::identity::{
-    ca::source::{KeySource, Keys},
+    ca::{
+        publish::stand_in::ApiServer,
+        source::{KeySource, Keys},
+    },
     roots::span,
-    tests::support::{TestRoot, trust_domain},
+    tests::support::{TestRoot, trust_domain, within},
 };
 
-/// An agent's /metrics, as the test wants it.
+/// The /metrics of an agent, or of a replica of the CA, as the test wants them.
 struct Agent {
     said: Arc<Mutex<String>>,
     address: std::net::SocketAddr,
@@ -32,10 +37,23 @@ impl Drop for Agent {
 
 impl Agent {
     async fn start() -> Self {
+        Self::listen(TcpListener::bind("127.0.0.1:0").await.unwrap())
+    }
+
+    /// Two at one port of different addresses, as pods are.
+    async fn start_two() -> [Self; 2] {
+        loop {
+            let first = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            if let Ok(second) = TcpListener::bind(("127.0.0.2", first.local_addr().unwrap().port())).await {
+                return [first, second].map(Self::listen);
+            }
+        }
+    }
+
+    fn listen(listener: TcpListener) -> Self {
         let said = Arc::new(Mutex::new(String::new()));
         let text = Arc::clone(&said);
         let router = Router::new().route("/metrics", get(move || async move { text.lock().unwrap().clone() }));
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let task = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
         Self { said, address, task }
@@ -53,12 +71,28 @@ impl Agent {
         }
         *self.said.lock().unwrap() = text;
     }
+
+    /// And that a revocation list needs this root.
+    fn lists(&self, root: &str) {
+        *self.said.lock().unwrap() += &format!("heddle_crl_lists_of_one_root{{root_serial=\"{root}\"}} 1\n");
+    }
+
+    /// As a replica of the CA.
+    fn issues_from(&self, root: &str) {
+        let text = format!("heddle_ca_issuer_expiry_timestamp_seconds{{serial=\"{root}\"}} 2e9\n");
+        *self.said.lock().unwrap() = text;
+    }
+}
+
+fn listed(agents: &[Agent]) -> Places {
+    Places::Listed(agents.iter().map(|agent| format!("http://{}", agent.address).parse().unwrap()).collect())
 }
 
 struct Stage {
     directory: TempDir,
     old: TestRoot,
     agents: [Agent; 2],
+    replicas: [Agent; 2],
     rotation: Rotation,
 }
 
@@ -68,15 +102,17 @@ async fn stage() -> Stage {
     fs::write(directory.path().join(CERTIFICATE), old.certificate.pem()).unwrap();
     fs::write(directory.path().join(KEY), old.key.serialize_pem()).unwrap();
     let agents = [Agent::start().await, Agent::start().await];
-    let uris = agents.iter().map(|agent| format!("http://{}", agent.address).parse().unwrap()).collect();
+    let replicas = [Agent::start().await, Agent::start().await];
+    replicas.iter().for_each(|replica| replica.issues_from(&serial(old.certificate.der())));
     let rotation = Rotation {
         store: Store::Directory(directory.path().to_owned()),
-        agents: Agents::Listed(uris),
+        agents: Group::agents(listed(&agents)),
+        replicas: Group::replicas(listed(&replicas)),
         trust_domain: trust_domain(),
         lifetime: Duration::from_secs(86_400),
         given: None,
     };
-    Stage { directory, old, agents, rotation }
+    Stage { directory, old, agents, replicas, rotation }
 }
 
 impl Stage {
@@ -112,6 +148,11 @@ impl Stage {
 
     fn old(&self) -> String {
         serial(self.old.certificate.der())
+    }
+
+    /// What every replica issues from.
+    fn all_issue_from(&self, root: &str) {
+        self.replicas.iter().for_each(|replica| replica.issues_from(root));
     }
 
     fn all_say(&self, trusts: &[&str], holds: &[&str]) {
@@ -158,6 +199,7 @@ async fn a_rotation_goes_on_only_when_every_agent_is_ready_for_it() {
     stage.done(Step::Switch).await;
     assert_eq!(stage.in_force().await, (new.clone(), vec![old.clone(), new.clone()]));
     stage.done(Step::Switch).await;
+    stage.all_issue_from(&new);
 
     assert_eq!(stage.refused(Step::Finish).await.len(), 2);
     stage.agents[0].says(&[&old, &new], &[&new]);
@@ -169,6 +211,136 @@ async fn a_rotation_goes_on_only_when_every_agent_is_ready_for_it() {
     assert_eq!(stage.in_force().await, (new.clone(), vec![new]));
     assert_eq!(names(stage.directory.path()), [BUNDLE, CERTIFICATE, KEY], "no old key is left");
     assert_eq!(stage.phase().await, Phase::Steady);
+}
+
+#[tokio::test]
+async fn a_root_stays_while_a_replica_issues_from_it_or_a_revocation_list_needs_it() {
+    let stage = stage().await;
+    let old = stage.old();
+    stage.done(Step::Prepare).await;
+    let new = stage.in_force().await.1.pop().unwrap();
+    stage.all_say(&[&old, &new], &[&old]);
+    stage.done(Step::Switch).await;
+    stage.all_say(&[&old, &new], &[&new]);
+    // Neither has read its key again; then one has; then the other can't be asked.
+    assert_eq!(stage.refused(Step::Finish).await.len(), 2);
+    stage.replicas[0].issues_from(&new);
+    let late = stage.replicas[1].said.lock().unwrap().clone();
+    for text in [late, "# nothing\n".to_owned()] {
+        *stage.replicas[1].said.lock().unwrap() = text;
+        let lines = stage.refused(Step::Finish).await;
+        let named = |line: &String| line.starts_with(&format!("replica http://{}/", stage.replicas[1].address));
+        assert!(matches!(lines.as_slice(), [line] if named(line)), "{lines:?}");
+    }
+    stage.replicas[1].issues_from(&new);
+    stage.agents[1].lists(&old);
+    let lines = stage.refused(Step::Finish).await;
+    let told = |line: &String| line.contains("revocation list") && line.contains(&stage.agents[1].address.to_string());
+    assert!(matches!(lines.as_slice(), [line] if told(line)), "{lines:?}");
+    stage.agents[1].says(&[&old, &new], &[&new]);
+    stage.agents[1].lists(&new);
+    stage.done(Step::Finish).await;
+    assert_eq!(stage.in_force().await, (new.clone(), vec![new]));
+}
+
+const OWN: &str = "heddle-system";
+const SECRET: &str = "heddle-ca";
+const SOON: Duration = Duration::from_secs(30);
+
+/// A pod of the mesh's own; `address` where it runs.
+fn own_pod(api: &ApiServer, component: &str, name: &str, phase: &str, address: Option<IpAddr>) {
+    let labels = json!({"app.kubernetes.io/name": "heddle", "app.kubernetes.io/component": component});
+    let status = json!({"phase": phase, "podIP": address.map(|address| address.to_string())});
+    api.put("pods", OWN, json!({"metadata": {"name": name, "labels": labels}, "status": status}));
+}
+
+#[tokio::test]
+async fn a_secret_is_rotated_with_agents_and_replicas_that_are_found_by_their_pods() {
+    let api = ApiServer::start().await;
+    // A replica that runs: it makes the Secret, and follows it.
+    let source = KeySource::Secret { namespace: OWN.to_owned(), name: SECRET.to_owned(), lifetime: SOON * 1_000 };
+    let keys = Arc::new(Keys::open(source, &trust_domain(), Some(&api.client)).await.unwrap());
+    let (following, stop) = (Arc::clone(&keys), tokio_util::sync::CancellationToken::new());
+    let _stops = stop.clone().drop_guard();
+    tokio::spawn(async move { following.follow(stop).await });
+    let issuing = || serial(keys.current().chain.first().unwrap());
+    let trusted = || keys.current().bundle().iter().map(serial).collect::<Vec<_>>();
+    let [agents, replicas] = [Agent::start_two().await, Agent::start_two().await];
+    let pods = |group: &[Agent; 2]| Places::Pods {
+        client: api.client.clone(),
+        namespace: OWN.to_owned(),
+        port: group[0].address.port(),
+    };
+    let rotation = Rotation {
+        store: Store::Secret { client: api.client.clone(), namespace: OWN.to_owned(), name: SECRET.to_owned() },
+        agents: Group::agents(pods(&agents)),
+        replicas: Group::replicas(pods(&replicas)),
+        trust_domain: trust_domain(),
+        lifetime: Duration::from_secs(86_400),
+        given: None,
+    };
+    let step = async |step| match rotation.step(step).await.unwrap() {
+        Outcome::Done(_) => Vec::new(),
+        Outcome::Refused(lines) => lines,
+    };
+    let version = || api.get("secrets", OWN, SECRET).unwrap()["metadata"]["resourceVersion"].clone();
+    let all_say = |trusts: &[&str], holds: &[&str]| agents.iter().for_each(|agent| agent.says(trusts, holds));
+    let old = issuing();
+
+    assert_eq!(step(Step::Prepare).await, Vec::<String>::new());
+    within(SOON, "both roots published", || trusted().len() == 2).await;
+    let new = trusted().pop().unwrap();
+    assert_eq!(issuing(), old, "nothing is issued from it yet");
+    // Somebody else's pods are nobody, and nobody is no agreement.
+    own_pod(&api, "ca", "ca-0", "Running", Some(replicas[0].address.ip()));
+    own_pod(&api, "ca", "ca-1", "Running", Some(replicas[1].address.ip()));
+    let error = rotation.step(Step::Switch).await.unwrap_err().to_string();
+    assert!(error.contains("component=agent") && error.contains("--agent-namespace"), "{error}");
+    own_pod(&api, "agent", "agent-0", "Running", Some(agents[0].address.ip()));
+    own_pod(&api, "agent", "agent-1", "Pending", None);
+    own_pod(&api, "agent", "agent-2", "Failed", None);
+    all_say(&[&old, &new], &[&old]);
+    let before = version();
+    let lines = step(Step::Switch).await;
+    assert!(matches!(lines.as_slice(), [line] if line.contains("agent-1") && line.contains("Pending")), "{lines:?}");
+    assert_eq!(version(), before, "refused, and written");
+    own_pod(&api, "agent", "agent-1", "Running", Some(agents[1].address.ip()));
+    assert_eq!(step(Step::Switch).await, Vec::<String>::new());
+    within(SOON, "the new root issues", || issuing() == new && trusted() == [old.clone(), new.clone()]).await;
+
+    replicas[0].issues_from(&new);
+    replicas[1].issues_from(&old);
+    all_say(&[&old, &new], &[&new]);
+    let lines = step(Step::Finish).await;
+    assert!(matches!(lines.as_slice(), [line] if line.contains("replica ca-1")), "{lines:?}");
+    replicas[1].issues_from(&new);
+    // Somebody else writes between what is read and what is written: nothing of that is lost.
+    let stored = rotation.store.read().await.unwrap();
+    let mut theirs = api.get("secrets", OWN, SECRET).unwrap();
+    theirs["metadata"]["labels"]["theirs"] = json!("yes");
+    api.put("secrets", OWN, theirs);
+    let error = rotation.store.write(stored, vec![take_away(PREVIOUS_KEY)]).await.unwrap_err().to_string();
+    assert!(error.starts_with("Secret heddle-system/heddle-ca: ") && error.contains("Conflict"), "{error}");
+    assert_eq!(step(Step::Finish).await, Vec::<String>::new());
+    within(SOON, "the new root alone", || trusted() == [new.clone()]).await;
+    let secret = api.get("secrets", OWN, SECRET).unwrap();
+    assert_eq!(secret["metadata"]["labels"]["theirs"], "yes");
+    let left: Vec<_> = secret["data"].as_object().unwrap().keys().cloned().collect();
+    assert_eq!(left, [BUNDLE, CERTIFICATE, KEY], "no old key is left");
+    assert_eq!(keys.status().bad, None);
+}
+
+/// The labels that pods are looked for by are those that the manifests give them.
+#[test]
+fn the_manifests_label_the_cas_pods_as_they_are_looked_for() {
+    let text = include_str!("../../../../../deploy/ca/ca.yaml");
+    let documents: Vec<Value> = serde_saphyr::from_multiple(text).unwrap();
+    let deployment = documents.iter().find(|document| document["kind"] == "Deployment").unwrap();
+    let labels = &deployment["spec"]["template"]["metadata"]["labels"];
+    assert_eq!(
+        (&labels["app.kubernetes.io/name"], &labels["app.kubernetes.io/component"]),
+        (&json!("heddle"), &json!("ca"))
+    );
 }
 
 #[tokio::test]
@@ -186,6 +358,7 @@ async fn going_back_forgets_the_new_root_when_nobody_needs_it() {
     stage.all_say(&[&old, &new], &[&old]);
     stage.done(Step::Switch).await;
     stage.all_say(&[&old, &new], &[&new, &old]);
+    stage.all_issue_from(&old);
     // Issues from the old root at once; the new one is trusted while something of it is in use.
     let Outcome::Refused(lines) = stage.rotation.step(Step::Back).await.unwrap() else { panic!("went back whole") };
     assert!(lines[0].contains("again") && lines[1].contains("1 certificate of"), "{lines:?}");
@@ -217,12 +390,14 @@ async fn a_step_that_was_broken_off_is_finished_by_giving_it_again() {
             stage.all_say(&[&old, &new], &[]);
             let stored = stage.rotation.store.read().await.unwrap();
             let view = stored.held.view(SystemTime::now()).unwrap();
-            let seen = stage.rotation.agents.ask().await.unwrap();
+            stage.all_issue_from(if step == Step::Finish { &new } else { &old });
+            let seen = stage.rotation.agents.ask(agents::said).await.unwrap();
+            let issuing = stage.rotation.issuing().await.unwrap();
             let plan = match step {
                 Step::Prepare => view.prepare(&stored.held, &stage.rotation.successor(SystemTime::now()).unwrap()),
                 Step::Switch => view.switch(&stored.held, &seen),
-                Step::Finish => view.finish(&seen),
-                Step::Back => view.back(&stored.held, &seen),
+                Step::Finish => view.finish(&seen, &issuing),
+                Step::Back => view.back(&stored.held, &seen, &issuing),
             };
             let Plan::Do { mut writes, .. } = plan else { panic!("{step:?} has nothing to do") };
             if cut == writes.len() {

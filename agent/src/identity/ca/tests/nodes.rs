@@ -14,13 +14,14 @@ use super::{
     apiserver::{ApiServer, Fault, Token, pod},
     config, named,
     off_node::{agent, pods},
-    plain_csr, request, trust_domain,
+    plain_csr, request,
 };
 use crate::{
     identity::{
         CaClientConfig, Certificates,
         ca::{Authorization, Ca, CaConfig, NodeAuthorization, Vitals},
         proto::{IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient},
+        tests::support::client_config,
     },
     life::limits,
 };
@@ -149,18 +150,9 @@ async fn a_node_takes_an_outage_of_the_api_server_for_one_of_the_ca_and_goes_on_
     std::fs::write(cluster.directory.path().join("token"), cluster.api.issue(agent())).unwrap();
     cluster.api.break_down(Some(Fault::Status(503)));
     let web: crate::identity::SpiffeId = WEB.parse().unwrap();
-    let certificates = Certificates::start(CaClientConfig {
-        address: format!("https://{}", cluster.address),
-        server_name: Some("ca.test".to_owned()),
-        root_certificate: cluster.directory.path().join("root.pem"),
-        token_file: cluster.directory.path().join("token"),
-        cluster_id: "Kubernetes".to_owned(),
-        cert_signer: None,
-        headers: Vec::new(),
-        trust_domain: trust_domain(),
-        lifetime: HOUR,
-    })
-    .unwrap();
+    let config = client_config(cluster.address, cluster.directory.path(), HOUR);
+    let certificates =
+        Certificates::start(CaClientConfig { server_name: Some("ca.test".to_owned()), ..config }).unwrap();
     certificates.keep([web.clone()].into());
     let last_error = || certificates.list().into_iter().map(|status| status.last_error).collect::<String>();
     until("an error", || last_error().contains("try again later")).await;
@@ -189,6 +181,37 @@ async fn a_pod_that_the_watch_has_not_told_of_is_asked_for() {
     until("the watch", || cluster.vitals.exposition().unwrap().contains("heddle_ca_pods 8")).await;
     assert_eq!(cluster.get(&token, &identity("late")).await.unwrap_err(), tonic::Code::Unauthenticated);
     assert_eq!(cluster.requests("refused", "not_on_node"), 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_that_died_silently_gives_nobody_that_left_an_identity() {
+    let mut pods = pods();
+    pods.push(pod("shop", "stays-0", "stays-0", "stays", "node-1"));
+    let cluster = Cluster::start(pods).await;
+    let token = cluster.api.issue(agent());
+    cluster.get(&token, WEB).await.unwrap();
+    cluster.api.hush_watches(true);
+    cluster.api.delete("shop", "web-0");
+    tokio::time::sleep(limits::CA_WATCH_WORD).await;
+    assert!(cluster.vitals.waiting_for().is_empty(), "the watch looks well");
+    let since = Instant::now();
+    assert_eq!(cluster.get(&token, WEB).await.unwrap_err(), tonic::Code::Unauthenticated);
+    assert_eq!(cluster.requests("refused", "not_on_node"), 1.0);
+    // What stays costs one question for its pod, and then none for as long as the watch's word holds.
+    let before = cluster.api.asked("pod");
+    for _ in 0..5 {
+        cluster.get(&token, &identity("stays")).await.unwrap();
+    }
+    let asked = cluster.api.asked("pod") - before;
+    assert!(asked == 1 || since.elapsed() >= limits::CA_WATCH_WORD, "{asked}");
+    // An agent whose own pod is gone gets nothing any more either, nor does anybody while there is no answer.
+    tokio::time::sleep(limits::CA_WATCH_WORD).await;
+    cluster.api.break_down(Some(Fault::Silence));
+    assert_eq!(cluster.get(&token, &identity("stays")).await.unwrap_err(), tonic::Code::Unavailable);
+    cluster.api.delete("heddle-system", "heddle-a");
+    cluster.api.break_down(None);
+    assert_eq!(cluster.get(&token, &identity("stays")).await.unwrap_err(), tonic::Code::Unauthenticated);
+    assert_eq!(cluster.requests("refused", "caller_pod_gone"), 1.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
