@@ -63,6 +63,16 @@ impl Daemon {
         Ok(())
     }
 
+    /// The same without a capability, such as `sys_ptrace`, and without a way to get it back.
+    pub fn spawn_without(&self, capability: &str) -> Result<()> {
+        let lacks = format!("-{capability}");
+        let mut command = ["--bounding-set", &lacks, "--inh-caps", &lacks].map(str::to_owned).to_vec();
+        command.push(utf8(&binaries::heddle()?)?.to_owned());
+        command.extend(self.args.iter().cloned());
+        *self.running() = Some(Process::start(&self.place, &self.name, "setpriv", &command)?);
+        Ok(())
+    }
+
     fn taken(&self) -> Result<Process> {
         self.running().take().with_context(|| format!("{} does not run", self.name))
     }

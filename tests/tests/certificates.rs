@@ -2,9 +2,11 @@
 
 use std::{
     fs,
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
+use anyhow::Context;
 use heddle_lab::{
     Lab, Pod, Result,
     agent::Agent,
@@ -161,6 +163,37 @@ fn a_process_with_keys_can_not_be_dumped() -> Result {
     let limits = fs::read_to_string(format!("/proc/{}/limits", ca.pid()))?;
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap_or_default();
     assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"], "{core}");
+    Ok(())
+}
+
+#[test]
+fn an_agents_memory_is_closed_to_root_itself_without_the_right_to_trace() -> Result {
+    needs_root!();
+    needs_program!("setpriv");
+    let lab = Lab::two_nodes()?;
+    let agent = lab.agent(1)?;
+    agent.daemon.terminate(Duration::from_secs(20))?;
+    // Whoever may trace may read any memory, so neither the agent nor its readers may: what is left is whether it can be dumped.
+    agent.daemon.spawn_without("sys_ptrace")?;
+    until(Duration::from_secs(20), "the agent", || agent.ready().then_some(()))?;
+    const LACKS: [&str; 4] = ["--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace"];
+    let folder = tempfile::Builder::new().prefix("hd-").tempdir()?;
+    let place = Place { netns: None, cgroup: None, logs: folder.path().to_owned(), files: None };
+    let sleeper = Process::start(&place, "sleep", "setpriv", &[&LACKS[..], &["sleep", "60"]].concat())?;
+    let comm = |pid: u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    until(Duration::from_secs(10), "sleep", || (comm(sleeper.pid()).trim_end() == "sleep").then_some(()))?;
+    let opens = |pid: u32, file: &str| -> Result<bool> {
+        let path = format!("/proc/{pid}/{file}");
+        let command = [&LACKS[..], &["sh", "-c", ": <\"$0\"", &path]].concat();
+        Ok(Command::new("setpriv").args(command).stderr(Stdio::null()).status()?.success())
+    };
+    let pid = agent.daemon.pid().context("the agent runs")?;
+    for file in ["environ", "maps"] {
+        assert!(opens(sleeper.pid(), file)?, "/proc/<pid>/{file} of a process that can be dumped");
+        assert!(!opens(pid, file)?, "/proc/<pid>/{file} of an agent");
+    }
+    // Where Yama allows no tracing of strangers, this shows nothing, and nothing is wrong with it.
+    assert!(!opens(pid, "mem")?, "/proc/<pid>/mem of an agent");
     Ok(())
 }
 
