@@ -184,6 +184,8 @@ pub struct AgentOptions {
     pub drain_grace: String,
     /// Most open files of the agent; as the lab's own where absent.
     pub files: Option<u64>,
+    /// Follows the API server that this leads to, instead of the manifests.
+    pub kubeconfig: Option<PathBuf>,
     /// More arguments; `{node}` stands for the node's name, `{dir}` for the lab's folder.
     pub extra: Vec<String>,
     /// What runs it, with arguments; it must become the agent, not be its parent.
@@ -196,6 +198,7 @@ impl Default for AgentOptions {
             certificate_lifetime: "1h".to_owned(),
             drain_grace: "1s".to_owned(),
             files: None,
+            kubeconfig: None,
             extra: Vec::new(),
             wrapper: Vec::new(),
         }
@@ -211,6 +214,8 @@ pub struct Agent {
     admin: PathBuf,
     access_log: PathBuf,
     pub bpffs: PathBuf,
+    /// What outlives it, where it follows an API server.
+    pub state: PathBuf,
 }
 
 impl Agent {
@@ -233,7 +238,6 @@ impl Agent {
         let mut args = vec!["agent".to_owned()];
         for (flag, value) in [
             ("--node", name.as_str()),
-            ("--manifests", utf8(manifests)?),
             ("--trust-domain", TRUST_DOMAIN),
             ("--ca-address", &ca_address),
             ("--ca-name", Ca::NAME),
@@ -251,12 +255,28 @@ impl Agent {
         ] {
             args.extend([flag.to_owned(), value.to_owned()]);
         }
+        let state = dir.join(format!("state-{name}"));
+        let source = match &options.kubeconfig {
+            None => vec!["--manifests", utf8(manifests)?],
+            Some(kubeconfig) => {
+                let mut source = vec!["--kubernetes", "--kubeconfig", utf8(kubeconfig)?];
+                if !options.extra.iter().any(|arg| arg == "--places") {
+                    // No runtime made the lab's pods.
+                    source.extend(["--places", "annotated"]);
+                }
+                if !options.extra.iter().any(|arg| arg == "--state-dir") {
+                    source.extend(["--state-dir", utf8(&state)?]);
+                }
+                source
+            }
+        };
+        args.extend(source.into_iter().map(str::to_owned));
         let here = |arg: &String| arg.replace("{node}", &name).replace("{dir}", &dir.display().to_string());
         args.extend(options.extra.iter().map(here));
         let mut daemon = Daemon::new(&format!("agent-{name}"), &node.netns, cgroup_root, &dir.join("logs"), args)?;
         daemon.place.files = options.files;
         daemon.wrapper.clone_from(&options.wrapper);
-        Ok(Self { daemon, netns: node.netns.clone(), dir: dir.to_owned(), admin, access_log, bpffs })
+        Ok(Self { daemon, netns: node.netns.clone(), dir: dir.to_owned(), admin, access_log, bpffs, state })
     }
 
     /// Starts it and waits until it is ready.

@@ -18,9 +18,11 @@ use time::Duration;
 
 use crate::{
     agent::{Agent, AgentOptions, Ca, TRUST_DOMAIN},
+    apiserver::ApiServer,
     capture::Recording,
     certificates::{Root, replace},
     containerd::{AGENT_ARGS, CniFolders},
+    kubernetes::Kubernetes,
     manifests::{self, Manifests},
     node::Node,
     pod::{Pod, PodBuilder},
@@ -81,6 +83,8 @@ pub struct LabBuilder {
     crl: Option<String>,
     /// Nodes have folders of CNI plugins and configuration, for a containerd.
     containers: bool,
+    /// Agents follow an API server.
+    kubernetes: bool,
 }
 
 impl LabBuilder {
@@ -131,6 +135,13 @@ impl LabBuilder {
     pub fn containers(mut self) -> Self {
         self.containers = true;
         self.agent_args(&AGENT_ARGS)
+    }
+
+    /// Agents follow an API server, which stands on node 1, instead of the manifests.
+    #[must_use]
+    pub fn kubernetes(mut self) -> Self {
+        self.kubernetes = true;
+        self
     }
 
     /// More arguments for every agent.
@@ -203,7 +214,14 @@ impl Lab {
 
     #[must_use]
     pub fn builder() -> LabBuilder {
-        LabBuilder { nodes: 2, agents: vec![1, 2], options: AgentOptions::default(), crl: None, containers: false }
+        LabBuilder {
+            nodes: 2,
+            agents: vec![1, 2],
+            options: AgentOptions::default(),
+            crl: None,
+            containers: false,
+            kubernetes: false,
+        }
     }
 
     fn raise(&mut self, wanted: &LabBuilder) -> Result<()> {
@@ -211,7 +229,6 @@ impl Lab {
         let ground = Arc::get_mut(&mut self.ground).context("a lab is raised once")?;
         for number in 1..=wanted.nodes {
             let node = Node::create(&ground.claim.prefix, number)?;
-            ground.manifests.apply(&manifests::node(&node.name(), &node.addresses()))?;
             if wanted.containers {
                 CniFolders::of(&ground.claim.dir, &node.name()).write(&node)?;
             }
@@ -220,11 +237,19 @@ impl Lab {
         if let [first, second] = ground.nodes.as_slice() {
             first.join(second)?;
         }
+        // With one node there is no link and no link address: the bridge's serves.
+        let first = ground.node(1)?;
+        let host = if wanted.nodes == 1 { first.gateway_v4() } else { first.v4() };
+        if wanted.kubernetes {
+            let kubernetes = Kubernetes::start(first, host, &ground.claim.dir)?;
+            ground.manifests.serve(Arc::new(kubernetes));
+        }
+        for node in &ground.nodes {
+            ground.manifests.apply(&manifests::node(&node.name(), &node.addresses()))?;
+        }
         let root = Root::create(&ground.claim.dir, "root", TRUST_DOMAIN)?;
         if !wanted.agents.is_empty() {
             let first = ground.node(1)?;
-            // With one node there is no link and no link address: the bridge's serves.
-            let host = if wanted.nodes == 1 { first.gateway_v4() } else { first.v4() };
             let claim = &ground.claim;
             let ca = Ca::new(
                 &first.netns,
@@ -236,6 +261,7 @@ impl Lab {
             )?;
             ca.start()?;
             let mut options = wanted.options.clone();
+            options.kubeconfig = ground.manifests.kubernetes().map(|kubernetes| kubernetes.kubeconfig().to_owned());
             if let Some(failure) = &wanted.crl {
                 let path = claim.dir.join(CRL);
                 replace(&path, &root.crl(&[], Duration::hours(1))?)?;
@@ -292,6 +318,11 @@ impl Lab {
     /// The mesh's root, to sign with.
     pub fn root(&self) -> Result<&Root> {
         self.root.as_ref().context("this lab has no root")
+    }
+
+    /// The API server, with [`LabBuilder::kubernetes`].
+    pub fn kubernetes(&self) -> Result<&ApiServer> {
+        Ok(self.manifests().kubernetes().context("this lab has no API server")?.api())
     }
 
     #[must_use]

@@ -28,6 +28,7 @@ pub mod containerd;
 pub mod hostile;
 pub mod http;
 pub mod kernel;
+pub mod kubernetes;
 pub mod lab;
 pub mod logs;
 pub mod manifests;

@@ -5,10 +5,13 @@ use std::{
     fs,
     net::IpAddr,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
+
+use crate::kubernetes::Kubernetes;
 
 /// The directory that every agent of a lab watches.
 #[derive(Debug)]
@@ -16,14 +19,26 @@ pub struct Manifests {
     dir: PathBuf,
     /// Beside it, on the same file system: files are written here first.
     staging: PathBuf,
+    /// The API server that has the same objects, where agents follow one.
+    kubernetes: Option<Arc<Kubernetes>>,
 }
 
 impl Manifests {
     pub fn create(lab: &Path) -> Result<Self> {
-        let manifests = Self { dir: lab.join("manifests"), staging: lab.join("staging") };
+        let manifests = Self { dir: lab.join("manifests"), staging: lab.join("staging"), kubernetes: None };
         fs::create_dir_all(&manifests.dir)?;
         fs::create_dir_all(&manifests.staging)?;
         Ok(manifests)
+    }
+
+    /// Has an API server serve the same objects from now on.
+    pub(crate) fn serve(&mut self, kubernetes: Arc<Kubernetes>) {
+        self.kubernetes = Some(kubernetes);
+    }
+
+    #[must_use]
+    pub fn kubernetes(&self) -> Option<&Kubernetes> {
+        self.kubernetes.as_deref()
     }
 
     #[must_use]
@@ -33,6 +48,9 @@ impl Manifests {
 
     /// Writes or replaces an object.
     pub fn apply(&self, object: &Value) -> Result<()> {
+        if let Some(kubernetes) = &self.kubernetes {
+            kubernetes.api().put(object.clone());
+        }
         let yaml = serde_saphyr::to_string(object).context("writing YAML")?;
         self.put(&file_name(object)?, &yaml)
     }
@@ -45,6 +63,9 @@ impl Manifests {
     }
 
     pub fn delete(&self, object: &Value) -> Result<()> {
+        if let Some(kubernetes) = &self.kubernetes {
+            kubernetes.api().remove_object(object);
+        }
         let name = file_name(object)?;
         fs::remove_file(self.dir.join(&name)).with_context(|| format!("removing {name}"))
     }

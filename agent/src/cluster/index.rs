@@ -9,7 +9,10 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+use k8s_openapi::{
+    api::core::v1::{Namespace, Pod},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
 
 use super::{
     AnnotatedPlaces, Locality, Objects, Place, Places, PolicyGap, SameNode, Snapshot, Unattended, Warning, Workload,
@@ -20,10 +23,10 @@ use super::{
 /// Annotation on a pod: `open` or `closed`.
 const WHEN_UNATTENDED: &str = "heddle.dev/when-unattended";
 /// Annotation on a namespace or pod: `mtls` or `kernel`.
-const SAME_NODE: &str = "heddle.dev/same-node";
+pub(super) const SAME_NODE: &str = "heddle.dev/same-node";
 
 /// Label of a node.
-const REGION: &str = "topology.kubernetes.io/region";
+pub(super) const REGION: &str = "topology.kubernetes.io/region";
 
 /// What indexing needs to know beside the objects.
 #[derive(Debug, Clone)]
@@ -54,62 +57,120 @@ impl Default for Settings {
 /// Indexes objects. Of two objects with one name the later part's holds.
 #[must_use]
 pub fn index(parts: &[Arc<Objects>], settings: &Settings, generation: u64) -> Snapshot {
-    let mut warnings = Vec::new();
-    let namespaces = by_name(parts.iter().flat_map(|part| &part.namespaces), |namespace| &namespace.metadata);
-    let nodes = by_name(parts.iter().flat_map(|part| &part.nodes), |node| &node.metadata);
-    let pods = by_name(parts.iter().flat_map(|part| &part.pods), |pod| &pod.metadata);
+    Indexer::new(settings.clone()).index(parts, generation)
+}
 
-    let mut workloads: HashMap<Arc<str>, Arc<Workload>> = HashMap::with_capacity(pods.len());
-    let mut holders: HashMap<IpAddr, (&Pod, Arc<Workload>)> = HashMap::with_capacity(pods.len());
-    let mut memberships = BTreeMap::new();
-    for namespace in namespaces.values() {
-        let labels = namespace.metadata.labels.as_ref();
-        memberships.insert(name_of(&namespace.metadata).into(), enrolment::membership(labels));
-        warn_of_unclear_wish("Namespace", &namespace.metadata, &mut warnings);
-        if let Err(message) = same_node(&namespace.metadata) {
-            let object = object("Namespace", &namespace.metadata);
-            warnings.push(Warning { object, field: "metadata.annotations", message });
-        }
+/// Indexes the same cluster again and again: what has not changed since the last time is not read anew.
+#[derive(Debug)]
+pub(super) struct Indexer {
+    settings: Settings,
+    /// By the address of the pod's object, which each entry keeps from being another's.
+    pods: HashMap<usize, Indexed>,
+}
+
+/// What a pod was read as.
+#[derive(Debug)]
+struct Indexed {
+    /// Never read: it holds the address.
+    _pod: Arc<Pod>,
+    namespace: Option<Arc<Namespace>>,
+    workload: Option<Arc<Workload>>,
+    warnings: Vec<Warning>,
+}
+
+impl Indexer {
+    pub fn new(settings: Settings) -> Self {
+        Self { settings, pods: HashMap::new() }
     }
-    for pod in pods.values() {
-        let namespace = namespaces.get(&("", namespace_of(&pod.metadata))).map(|found| &found.metadata);
-        let Some(mut workload) = workload(pod, namespace, settings, &mut warnings) else { continue };
-        if workloads.contains_key(&workload.uid) {
-            let message = format!("uid {} is another pod's: known as namespace/name instead", workload.uid);
-            warnings.push(Warning { object: object("Pod", &pod.metadata), field: "metadata.uid", message });
-            workload.uid = qualified(&pod.metadata);
-        }
-        let workload = Arc::new(workload);
-        if !workload.host_network {
-            for address in &workload.addresses {
-                hold(&mut holders, *address, pod, &workload, &mut warnings);
+
+    /// The snapshot of these objects: the same as of an indexer that has seen none before.
+    pub fn index(&mut self, parts: &[Arc<Objects>], generation: u64) -> Snapshot {
+        let mut warnings = Vec::new();
+        let namespaces = by_name(parts.iter().flat_map(|part| &part.namespaces), |namespace| &namespace.metadata);
+        let nodes = by_name(parts.iter().flat_map(|part| &part.nodes), |node| &node.metadata);
+        let pods = by_name(parts.iter().flat_map(|part| &part.pods), |pod| &pod.metadata);
+
+        let mut indexed = HashMap::with_capacity(pods.len());
+        let mut workloads: HashMap<Arc<str>, Arc<Workload>> = HashMap::with_capacity(pods.len());
+        let mut holders: HashMap<IpAddr, (&Pod, Arc<Workload>)> = HashMap::with_capacity(pods.len());
+        let mut memberships = BTreeMap::new();
+        for namespace in namespaces.values() {
+            let labels = namespace.metadata.labels.as_ref();
+            memberships.insert(name_of(&namespace.metadata).into(), enrolment::membership(labels));
+            warn_of_unclear_wish("Namespace", &namespace.metadata, &mut warnings);
+            if let Err(message) = same_node(&namespace.metadata) {
+                let object = object("Namespace", &namespace.metadata);
+                warnings.push(Warning { object, field: "metadata.annotations", message });
             }
         }
-        workloads.insert(Arc::clone(&workload.uid), workload);
+        for pod in pods.values() {
+            let namespace = namespaces.get(&("", namespace_of(&pod.metadata))).copied();
+            let key = Arc::as_ptr(pod).addr();
+            let read = self.read(key, pod, namespace);
+            warnings.extend(read.warnings.iter().cloned());
+            let workload = read.workload.clone();
+            indexed.insert(key, read);
+            let Some(mut workload) = workload else { continue };
+            if workloads.contains_key(&workload.uid) {
+                let message = format!("uid {} is another pod's: known as namespace/name instead", workload.uid);
+                warnings.push(Warning { object: object("Pod", &pod.metadata), field: "metadata.uid", message });
+                workload = Arc::new(Workload { uid: qualified(&pod.metadata), ..Workload::clone(&workload) });
+            }
+            if !workload.host_network {
+                for address in &workload.addresses {
+                    hold(&mut holders, *address, pod, &workload, &mut warnings);
+                }
+            }
+            workloads.insert(Arc::clone(&workload.uid), workload);
+        }
+        // Only what this cluster has: what is gone is forgotten.
+        self.pods = indexed;
+
+        let settings = &self.settings;
+        let (services, by_cluster_address) = services::index(parts, &pods, &nodes, settings, &mut warnings);
+        let mut invalid: Vec<_> = parts.iter().flat_map(|part| &part.invalid_policies).cloned().collect();
+        invalid.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+        Snapshot {
+            generation,
+            workloads,
+            by_address: holders.into_iter().map(|(address, (_, workload))| (address, workload)).collect(),
+            services,
+            by_cluster_address,
+            authorization_policies: in_order(parts.iter().flat_map(|part| &part.authorization_policies), |policy| {
+                &policy.metadata
+            }),
+            peer_authentications: in_order(parts.iter().flat_map(|part| &part.peer_authentications), |policy| {
+                &policy.metadata
+            }),
+            invalid_policies: invalid,
+            policy_gaps: parts.iter().flat_map(|part| &part.policy_gaps).map(|gap| whole_mesh(gap, settings)).collect(),
+            root_namespace: Arc::clone(&settings.root_namespace),
+            trust_domains: Arc::clone(&settings.trust_domains),
+            localities: Arc::new(nodes.values().filter_map(|node| locality(&node.metadata)).collect()),
+            namespaces: Arc::new(memberships),
+            warnings,
+        }
     }
 
-    let (services, by_cluster_address) = services::index(parts, &pods, &nodes, settings, &mut warnings);
-    let mut invalid: Vec<_> = parts.iter().flat_map(|part| &part.invalid_policies).cloned().collect();
-    invalid.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
-    Snapshot {
-        generation,
-        workloads,
-        by_address: holders.into_iter().map(|(address, (_, workload))| (address, workload)).collect(),
-        services,
-        by_cluster_address,
-        authorization_policies: in_order(parts.iter().flat_map(|part| &part.authorization_policies), |policy| {
-            &policy.metadata
-        }),
-        peer_authentications: in_order(parts.iter().flat_map(|part| &part.peer_authentications), |policy| {
-            &policy.metadata
-        }),
-        invalid_policies: invalid,
-        policy_gaps: parts.iter().flat_map(|part| &part.policy_gaps).map(|gap| whole_mesh(gap, settings)).collect(),
-        root_namespace: Arc::clone(&settings.root_namespace),
-        trust_domains: Arc::clone(&settings.trust_domains),
-        localities: Arc::new(nodes.values().filter_map(|node| locality(&node.metadata)).collect()),
-        namespaces: Arc::new(memberships),
-        warnings,
+    /// What the pod is, by what it was if neither it, its namespace nor its place is another.
+    fn read(&mut self, key: usize, pod: &Arc<Pod>, namespace: Option<&Arc<Namespace>>) -> Indexed {
+        let place = self.settings.places.locate(pod);
+        let same = |before: Option<&Arc<Namespace>>| match (before, namespace) {
+            (Some(before), Some(now)) => Arc::ptr_eq(before, now),
+            (before, now) => before.is_none() && now.is_none(),
+        };
+        // One that was no workload may become one by a place that has its address.
+        let unmoved = |known: &Indexed| match &known.workload {
+            Some(workload) => workload.place == place,
+            None => place.is_none(),
+        };
+        if let Some(known) = self.pods.remove(&key).filter(|known| same(known.namespace.as_ref()) && unmoved(known)) {
+            return known;
+        }
+        let mut warnings = Vec::new();
+        let (of, same_node) = (namespace.map(|found| &found.metadata), self.settings.same_node);
+        let workload = workload(pod, of, place, same_node, &mut warnings).map(Arc::new);
+        Indexed { _pod: Arc::clone(pod), namespace: namespace.cloned(), workload, warnings }
     }
 }
 
@@ -208,14 +269,14 @@ fn hold<'a>(
 fn workload(
     pod: &Pod,
     namespace: Option<&ObjectMeta>,
-    settings: &Settings,
+    place: Option<Place>,
+    same_node: SameNode,
     warnings: &mut Vec<Warning>,
 ) -> Option<Workload> {
-    let status = pod.status.as_ref()?;
-    if matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")) {
+    let status = pod.status.as_ref();
+    if matches!(status.and_then(|status| status.phase.as_deref()), Some("Succeeded" | "Failed")) {
         return None;
     }
-    let place = settings.places.locate(pod);
     // What the CNI has just said is newer than what the status says.
     let addresses = match &place {
         Some(Place { addresses, .. }) if !addresses.is_empty() => addresses.clone(),
@@ -240,10 +301,10 @@ fn workload(
         labels: pod.metadata.labels.clone().unwrap_or_default(),
         enrolled: enrolment::enrolled(pod, namespace.and_then(|namespace| namespace.labels.as_ref())),
         host_network: enrolment::host_network(pod),
-        ready: status.conditions.iter().flatten().any(ready),
+        ready: status.and_then(|status| status.conditions.as_ref()).into_iter().flatten().any(ready),
         terminating: pod.metadata.deletion_timestamp.is_some(),
         when_unattended: when_unattended(pod, warnings),
-        same_node: same_node_of(pod, namespace, settings.same_node, warnings),
+        same_node: same_node_of(pod, namespace, same_node, warnings),
         naming: naming::name(pod),
         place,
     })

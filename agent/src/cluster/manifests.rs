@@ -39,6 +39,23 @@ pub enum ManifestError {
     Policy { line: u64, object: String, field: String, message: String },
     #[error("{object} is also in {}, and this one holds", other.display())]
     Duplicate { object: String, other: PathBuf },
+    /// Objects of this kind are those that were known last.
+    #[error("{kind} can't be followed: {message}")]
+    NotFollowed { kind: &'static str, message: String },
+    /// `held` objects of it are in force all the same.
+    #[error("{kind} of security.istio.io are no resource of this cluster ({held} known from before hold on for now)")]
+    NoSuchKind { kind: &'static str, held: usize },
+    #[error("there are more {kind} than the {} that the agent keeps: {count} are not known", limits::KUBE_OBJECTS)]
+    TooManyObjects { kind: &'static str, count: usize },
+    /// An object of the API server.
+    #[error("{object}: {field}: {message}")]
+    Served { object: String, field: String, message: String },
+    /// The policy is in force all the same: it denies.
+    #[error("{object}: {field}: {message}")]
+    ServedPolicy { object: String, field: String, message: String },
+    /// The last good snapshot on disk.
+    #[error("{0}")]
+    Saved(String),
 }
 
 impl ManifestError {
@@ -53,6 +70,12 @@ impl ManifestError {
             Self::Object { .. } => "manifest_object",
             Self::Policy { .. } => "policy_invalid",
             Self::Duplicate { .. } => "manifest_duplicate",
+            Self::NotFollowed { .. } => "not_followed",
+            Self::NoSuchKind { .. } => "no_such_kind",
+            Self::TooManyObjects { .. } => "too_many_objects",
+            Self::Served { .. } => "object_invalid",
+            Self::ServedPolicy { .. } => "policy_invalid",
+            Self::Saved(_) => "snapshot_file",
         }
     }
 
@@ -60,7 +83,11 @@ impl ManifestError {
     #[must_use]
     pub fn object(&self) -> Option<&str> {
         match self {
-            Self::Object { object, .. } | Self::Policy { object, .. } | Self::Duplicate { object, .. } => Some(object),
+            Self::Object { object, .. }
+            | Self::Policy { object, .. }
+            | Self::Duplicate { object, .. }
+            | Self::Served { object, .. }
+            | Self::ServedPolicy { object, .. } => Some(object),
             _ => None,
         }
     }
@@ -69,7 +96,10 @@ impl ManifestError {
     #[must_use]
     pub fn field(&self) -> Option<&str> {
         match self {
-            Self::Object { field, .. } | Self::Policy { field, .. } => Some(field),
+            Self::Object { field, .. }
+            | Self::Policy { field, .. }
+            | Self::Served { field, .. }
+            | Self::ServedPolicy { field, .. } => Some(field),
             _ => None,
         }
     }
@@ -90,8 +120,14 @@ impl ManifestError {
             Self::Unreadable(_) => "make it a regular file that the agent may read",
             Self::TooLarge | Self::TooManyFiles { .. } => "spread the objects over other files, or fewer",
             Self::Syntax { .. } => "correct the YAML at that line",
-            Self::Object { .. } => "correct the field, or take the object out",
-            Self::Policy { .. } => "correct or remove the field: until then the policy denies where it holds",
+            Self::Object { .. } | Self::Served { .. } => "correct the field, or take the object out",
+            Self::NotFollowed { .. } => "see that the agent reaches the API server and may list and watch them",
+            Self::NoSuchKind { .. } => "apply the CRDs of security.istio.io, which heddle install brings",
+            Self::TooManyObjects { .. } => "remove objects that are of no use",
+            Self::Saved(_) => "see that --state-dir can be written, and is this node's own",
+            Self::Policy { .. } | Self::ServedPolicy { .. } => {
+                "correct or remove the field: until then the policy denies where it holds"
+            }
             Self::Duplicate { .. } => "keep the object in one file",
         }
     }

@@ -3,7 +3,9 @@
 //! Two sources feed the same types: a directory of manifests, and the API server. Nothing here decides about traffic.
 //!
 //! ```text
-//! files ── manifests ── read ──► Objects ── index ──► Snapshot ── View ──► every other stage
+//! files ── manifests ── read ──┐
+//!                              ├─► Objects ── index ──► Snapshot ── View ──► every other stage
+//! API server ── kubernetes ────┘
 //! ```
 
 mod endpoints;
@@ -12,6 +14,7 @@ mod enrolment;
 pub(crate) mod fuzzing;
 mod index;
 pub mod kinds;
+pub(crate) mod kubernetes;
 mod manifests;
 mod naming;
 mod objects;
@@ -24,6 +27,8 @@ mod watch;
 pub use endpoints::{Candidate, Unavailable, candidates, on_lane};
 pub(crate) use enrolment::{MESH, Wish, enrolled, wish};
 pub use index::{Settings, index};
+pub(crate) use kubernetes::causes;
+pub use kubernetes::{ApiServer, ClientError, api_client};
 pub(crate) use manifests::{Directory, duplicates, list, text};
 pub use manifests::{InForce, ManifestError, Problem};
 pub use objects::Objects;

@@ -229,60 +229,27 @@ impl Manifest {
         }
     }
 
-    fn add_policy(&mut self, line: u64, kind: PolicyKind, mut object: Map<String, Value>) {
-        const TOP: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
-        if let Some(unknown) = object.keys().find(|key| !TOP.contains(&key.as_str())) {
-            return self.carry(line, kind, &object, unknown.clone(), "is not a field of this kind".into());
-        }
-        // As the API server has it: a policy without a spec is one with an empty spec.
-        if object.get("spec").is_none_or(Value::is_null) {
-            object.insert("spec".into(), Value::Object(Map::new()));
-        }
-        // Not read, and allowed to be anything.
-        object.remove("status");
-        if let Some(field) = object.get("spec").and_then(|spec| list_for_object("spec", spec)) {
-            return self.carry(line, kind, &object, field, "is a list where an object is expected".into());
-        }
-        let objects = &mut self.objects;
-        let result = match kind {
-            PolicyKind::AuthorizationPolicy => typed::<AuthorizationPolicy>(object.clone())
-                .map(|policy| objects.authorization_policies.push(policy.into())),
-            PolicyKind::PeerAuthentication => typed::<PeerAuthentication>(object.clone())
-                .map(|policy| objects.peer_authentications.push(policy.into())),
-        };
-        if let Err((field, message)) = result {
-            self.carry(line, kind, &object, field, message);
+    fn add_policy(&mut self, line: u64, kind: PolicyKind, object: Map<String, Value>) {
+        match policy(kind, object) {
+            Policy::Authorization(policy) => self.objects.authorization_policies.push(policy),
+            Policy::Peer(policy) => self.objects.peer_authentications.push(policy),
+            Policy::Invalid(policy) => self.add_invalid(line, policy),
         }
     }
 
     /// Keeps a policy that is not readable as its kind, by what is readable of it.
     fn carry(&mut self, line: u64, kind: PolicyKind, object: &Map<String, Value>, field: String, message: String) {
-        let metadata = |key| object.get("metadata").and_then(|metadata| metadata.get(key));
-        let spec = |key| object.get("spec").and_then(|spec| spec.get(key));
-        let name = |key| Arc::from(metadata(key).and_then(Value::as_str).unwrap_or_default());
-        let selector =
-            spec("selector").and_then(|selector| serde_json::from_value(selector.get("matchLabels")?.clone()).ok());
-        let dry_run =
-            metadata("annotations").and_then(|annotations| annotations.get(DRY_RUN)?.as_str()) == Some("true");
-        // For a gateway or waypoint, which heddle has none of.
-        let elsewhere = spec("selector").is_none()
-            && (spec("targetRef").is_some_and(Value::is_object)
-                || spec("targetRefs").and_then(Value::as_array).is_some_and(|targets| !targets.is_empty()));
+        self.add_invalid(line, Arc::new(unreadable(kind, object, field, message)));
+    }
+
+    fn add_invalid(&mut self, line: u64, policy: Arc<InvalidPolicy>) {
         self.invalid.push(ManifestError::Policy {
             line,
-            object: described(kind.as_str(), object),
-            field: field.clone(),
-            message: message.clone(),
+            object: policy.object(),
+            field: policy.field.clone(),
+            message: policy.message.clone(),
         });
-        self.objects.invalid_policies.push(Arc::new(InvalidPolicy {
-            kind,
-            namespace: name("namespace"),
-            name: name("name"),
-            selector,
-            field,
-            message,
-            decides: !dry_run && !elsewhere,
-        }));
+        self.objects.invalid_policies.push(policy);
     }
 
     /// Notes that an object which may have been a policy is lost.
@@ -299,6 +266,62 @@ impl Manifest {
             field: field.into(),
             message: message.into(),
         });
+    }
+}
+
+/// A policy as it could be read.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Policy {
+    Authorization(Arc<AuthorizationPolicy>),
+    Peer(Arc<PeerAuthentication>),
+    Invalid(Arc<InvalidPolicy>),
+}
+
+/// Reads a policy strictly: a field that its kind does not have, or of another type, makes it invalid and never loses it.
+pub(super) fn policy(kind: PolicyKind, mut object: Map<String, Value>) -> Policy {
+    const TOP: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
+    let invalid = |object: &Map<String, Value>, field: String, message: String| {
+        Policy::Invalid(Arc::new(unreadable(kind, object, field, message)))
+    };
+    if let Some(unknown) = object.keys().find(|key| !TOP.contains(&key.as_str())) {
+        return invalid(&object, unknown.clone(), "is not a field of this kind".into());
+    }
+    // As the API server has it: a policy without a spec is one with an empty spec.
+    if object.get("spec").is_none_or(Value::is_null) {
+        object.insert("spec".into(), Value::Object(Map::new()));
+    }
+    // Not read, and allowed to be anything.
+    object.remove("status");
+    if let Some(field) = object.get("spec").and_then(|spec| list_for_object("spec", spec)) {
+        return invalid(&object, field, "is a list where an object is expected".into());
+    }
+    let result = match kind {
+        PolicyKind::AuthorizationPolicy => typed(object.clone()).map(|policy| Policy::Authorization(Arc::new(policy))),
+        PolicyKind::PeerAuthentication => typed(object.clone()).map(|policy| Policy::Peer(Arc::new(policy))),
+    };
+    result.unwrap_or_else(|(field, message)| invalid(&object, field, message))
+}
+
+/// What is kept of a policy that is not readable as its kind.
+fn unreadable(kind: PolicyKind, object: &Map<String, Value>, field: String, message: String) -> InvalidPolicy {
+    let metadata = |key| object.get("metadata").and_then(|metadata| metadata.get(key));
+    let spec = |key| object.get("spec").and_then(|spec| spec.get(key));
+    let name = |key| Arc::from(metadata(key).and_then(Value::as_str).unwrap_or_default());
+    let selector =
+        spec("selector").and_then(|selector| serde_json::from_value(selector.get("matchLabels")?.clone()).ok());
+    let dry_run = metadata("annotations").and_then(|annotations| annotations.get(DRY_RUN)?.as_str()) == Some("true");
+    // For a gateway or waypoint, which heddle has none of.
+    let elsewhere = spec("selector").is_none()
+        && (spec("targetRef").is_some_and(Value::is_object)
+            || spec("targetRefs").and_then(Value::as_array).is_some_and(|targets| !targets.is_empty()));
+    InvalidPolicy {
+        kind,
+        namespace: name("namespace"),
+        name: name("name"),
+        selector,
+        field,
+        message,
+        decides: !dry_run && !elsewhere,
     }
 }
 
@@ -373,7 +396,8 @@ fn described(kind: &str, object: &Map<String, Value>) -> String {
     }
 }
 
-type Fault = (String, String);
+/// Path of a field, and what is wrong with it.
+pub(super) type Fault = (String, String);
 
 /// Path of a list that stands where a policy has an object: serde would take its items for the fields, by position.
 fn list_for_object(path: &str, value: &Value) -> Option<String> {
@@ -444,7 +468,7 @@ fn is_address(text: &str) -> bool {
     text.parse::<IpAddr>().is_ok()
 }
 
-fn checked_pod(pod: Pod) -> Result<Pod, Fault> {
+pub(super) fn checked_pod(pod: Pod) -> Result<Pod, Fault> {
     if let Some(status) = &pod.status {
         if let Some(bad) = status.pod_ip.as_ref().filter(|text| !text.is_empty() && !is_address(text)) {
             return Err(("status.podIP".into(), format!("{bad:?} is no IP address")));
@@ -471,7 +495,7 @@ fn checked_uid(metadata: &ObjectMeta) -> Result<(), Fault> {
     }
 }
 
-fn checked_service(service: Service) -> Result<Service, Fault> {
+pub(super) fn checked_service(service: Service) -> Result<Service, Fault> {
     let Some(spec) = &service.spec else { return Ok(service) };
     let bad = |text: &String| !text.is_empty() && text != "None" && !is_address(text);
     if let Some(text) = spec.cluster_ip.as_ref().filter(|text| bad(text)) {
@@ -487,7 +511,7 @@ fn checked_service(service: Service) -> Result<Service, Fault> {
     }
 }
 
-fn checked_slice(slice: EndpointSlice) -> Result<EndpointSlice, Fault> {
+pub(super) fn checked_slice(slice: EndpointSlice) -> Result<EndpointSlice, Fault> {
     if !matches!(slice.address_type.as_str(), "IPv4" | "IPv6" | "FQDN") {
         return Err(("addressType".into(), format!("{:?} is none of IPv4, IPv6, FQDN", slice.address_type)));
     }

@@ -19,7 +19,7 @@ use super::{
 };
 
 /// Label of an EndpointSlice that names its Service.
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
+pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// Label of a Node.
 pub(super) const ZONE: &str = "topology.kubernetes.io/zone";
 

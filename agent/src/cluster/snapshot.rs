@@ -10,6 +10,7 @@ use std::{
     sync::Arc,
 };
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::kinds::{AuthorizationPolicy, PeerAuthentication};
@@ -90,7 +91,7 @@ impl Snapshot {
 
 /// An AuthorizationPolicy or PeerAuthentication with a field that heddle does not know, or of a wrong type. Losing it
 /// could allow what it denies, so it stays in the snapshot as far as it could be read.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InvalidPolicy {
     pub kind: PolicyKind,
     pub namespace: Arc<str>,
@@ -103,6 +104,14 @@ pub struct InvalidPolicy {
     pub message: String,
     /// False where the policy, as far as it is readable, decides nothing here: `istio.io/dry-run`, or `targetRefs`.
     pub decides: bool,
+}
+
+impl InvalidPolicy {
+    /// `Kind namespace/name`.
+    #[must_use]
+    pub fn object(&self) -> String {
+        format!("{} {}/{}", self.kind.as_str(), self.namespace, self.name)
+    }
 }
 
 /// A part of the source that could not be read since the agent started, so that there is no earlier state to go on with: it
@@ -124,7 +133,7 @@ impl PolicyGap {
 }
 
 /// The kinds of policy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum PolicyKind {
     AuthorizationPolicy,
     PeerAuthentication,
@@ -161,7 +170,7 @@ pub struct Workload {
     pub service_account: Arc<str>,
     /// `spec.nodeName`, empty while unscheduled.
     pub node: Arc<str>,
-    /// `status.podIPs`.
+    /// `status.podIPs`, or what the pod's CNI has just made.
     pub addresses: Vec<IpAddr>,
     pub labels: BTreeMap<String, String>,
     /// Opted in by label, and not on the host's network.

@@ -21,16 +21,25 @@ use notify::{
 };
 use tokio::sync::watch;
 
-use super::{Problem, Settings, Snapshot, View, index, manifests::Directory};
+use super::{
+    Problem, Settings, Snapshot, View,
+    index::Indexer,
+    kubernetes::{self, ApiServer, ClientError},
+    manifests::Directory,
+};
 use crate::life::limits;
 
-/// Why the directory can't be a source.
+/// Why there can't be a source.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     #[error("manifest directory {}: {error}", directory.display())]
     Directory { directory: PathBuf, error: io::Error },
-    #[error("no thread for the manifest directory: {0}")]
+    #[error("no way to the API server: {0}")]
+    Client(#[from] ClientError),
+    #[error("no thread to follow the cluster: {0}")]
     Thread(io::Error),
+    #[error("the thread that follows the API server has ended")]
+    Ended,
 }
 
 impl SourceError {
@@ -39,21 +48,50 @@ impl SourceError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Directory { .. } => "manifest_directory",
+            Self::Client(error) => error.reason(),
             Self::Thread(_) => "thread",
+            Self::Ended => "thread_ended",
         }
     }
 }
 
-/// A followed manifest directory. Dropping it ends the source: [`View::next`] then gives `None`.
+/// A followed manifest directory or API server. Dropping it ends the source: [`View::next`] then gives `None`.
 #[derive(Debug)]
 pub struct Source {
     problems: watch::Receiver<Arc<[Problem]>>,
+    _following: Following,
+}
+
+#[derive(Debug)]
+enum Following {
+    Directory { _thread: Awake },
+    ApiServer { _thread: kubernetes::Following },
+}
+
+/// Wakes the directory's thread, and ends it when it is dropped.
+#[derive(Debug)]
+struct Awake {
     wake: SyncSender<()>,
     /// Asks the thread to end when it wakes.
     stop: Arc<AtomicBool>,
 }
 
 impl Source {
+    /// Follows the API server. The first snapshot, of generation 1, is whole when this returns: made of what was listed or, while
+    /// the API server is away, of the last good snapshot on disk. Until then it holds what `block` gives for each kind that is
+    /// not known yet, by what is waited for.
+    ///
+    /// # Errors
+    /// When there is no way to the API server. One that is away is waited for: see [`Source::problems`].
+    pub async fn watch<B>(
+        config: ApiServer,
+        settings: Settings,
+        block: impl Fn(&'static str) -> B,
+    ) -> Result<(View, Self), SourceError> {
+        let (view, problems, thread) = kubernetes::follow(config, settings, block).await?;
+        Ok((view, Self { problems, _following: Following::ApiServer { _thread: thread } }))
+    }
+
     /// Reads the directory and follows it from then on. The first snapshot, of generation 1, is whole when this returns.
     /// It blocks while it reads.
     ///
@@ -73,7 +111,8 @@ impl Source {
         directory.scan().map_err(|error| SourceError::Directory { directory: path, error })?;
         let first_problems: Arc<[Problem]> = directory.problems().into();
         tell(&first_problems, &[]);
-        let first = index(&directory.objects(), &settings, 1);
+        let mut indexer = Indexer::new(settings);
+        let first = indexer.index(&directory.objects(), 1);
         tell_warnings(&first, None);
         let (snapshots, view) = watch::channel(Arc::new(first));
         let (problems_sender, problems) = watch::channel(first_problems);
@@ -87,11 +126,12 @@ impl Source {
                 }
                 watcher.renew();
                 let moved = moved.swap(false, Ordering::Relaxed);
-                update(&mut directory, moved, &settings, &snapshots, &problems_sender);
+                update(&mut directory, moved, &mut indexer, &snapshots, &problems_sender);
             }
         };
         thread::Builder::new().name("manifests".into()).spawn(follow).map_err(SourceError::Thread)?;
-        Ok((View::new(view), Self { problems, wake, stop }))
+        let thread = Awake { wake, stop };
+        Ok((View::new(view), Self { problems, _following: Following::Directory { _thread: thread } }))
     }
 
     /// What is wrong in the directory now, and its changes.
@@ -101,7 +141,7 @@ impl Source {
     }
 }
 
-impl Drop for Source {
+impl Drop for Awake {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         // A full channel wakes the thread just as well.
@@ -144,7 +184,7 @@ fn follow_places(mut changes: watch::Receiver<u64>, wake: SyncSender<()>, moved:
 fn update(
     directory: &mut Directory,
     moved: bool,
-    settings: &Settings,
+    indexer: &mut Indexer,
     snapshots: &watch::Sender<Arc<Snapshot>>,
     problems: &watch::Sender<Arc<[Problem]>>,
 ) {
@@ -161,7 +201,7 @@ fn update(
         return;
     }
     let current = Arc::clone(&snapshots.borrow());
-    let next = index(&directory.objects(), settings, current.generation + 1);
+    let next = indexer.index(&directory.objects(), current.generation + 1);
     if next.same_content(&current) {
         return;
     }
@@ -177,7 +217,7 @@ fn update(
 }
 
 /// Logs problems that were not there before, and that one is gone.
-fn tell(problems: &[Problem], before: &[Problem]) {
+pub(super) fn tell(problems: &[Problem], before: &[Problem]) {
     for problem in problems.iter().filter(|problem| !before.contains(problem)) {
         tracing::warn!(
             file = %problem.file.display(),
@@ -185,15 +225,15 @@ fn tell(problems: &[Problem], before: &[Problem]) {
             in_force = ?problem.in_force,
             fix = problem.error.fix(),
             error = %problem.error,
-            "Manifest has a problem"
+            "The cluster's source has a problem"
         );
     }
     for problem in before.iter().filter(|problem| !problems.contains(problem)) {
-        tracing::info!(file = %problem.file.display(), reason = problem.error.reason(), "Manifest problem is gone");
+        tracing::info!(file = %problem.file.display(), reason = problem.error.reason(), "A problem of the cluster's source is gone");
     }
 }
 
-fn tell_warnings(next: &Snapshot, before: Option<&Snapshot>) {
+pub(super) fn tell_warnings(next: &Snapshot, before: Option<&Snapshot>) {
     let known = |warning| before.is_some_and(|before| before.warnings.contains(warning));
     for warning in next.warnings.iter().filter(|warning| !known(warning)) {
         tracing::warn!(object = warning.object, field = warning.field, "{}", warning.message);

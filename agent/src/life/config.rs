@@ -36,14 +36,20 @@ pub struct Raw {
     /// Name of this node, as in `spec.nodeName` of its pods.
     #[arg(long, env = "HEDDLE_NODE")]
     pub node: String,
-    /// Directory of Kubernetes manifests (YAML), followed for changes.
+    /// Directory of Kubernetes manifests (YAML), followed for changes; instead of --kubernetes.
     #[arg(long, env = "HEDDLE_MANIFESTS", value_name = "DIR")]
-    pub manifests: PathBuf,
-    /// How a pod's network namespace and cgroup are found on this node.
-    #[arg(long, env = "HEDDLE_PLACES", value_enum, default_value = "annotated", value_name = "HOW")]
-    pub places: PlacesBy,
-    /// Folder of what the agent keeps over its restarts, the same for the agent and for the node: the CNI plugin reads there who is
-    /// enrolled.
+    pub manifests: Option<PathBuf>,
+    /// Follow the cluster's API server, as every pod reaches it, or by --kubeconfig.
+    #[arg(long, env = "HEDDLE_KUBERNETES")]
+    pub kubernetes: bool,
+    /// Another way to the API server.
+    #[arg(long, env = "HEDDLE_KUBECONFIG", value_name = "FILE", requires = "kubernetes")]
+    pub kubeconfig: Option<PathBuf>,
+    /// How a pod's network namespace and cgroup are found on this node [default: node with --kubernetes, else annotated].
+    #[arg(long, env = "HEDDLE_PLACES", value_enum, value_name = "HOW")]
+    pub places: Option<PlacesBy>,
+    /// Folder of what the agent keeps over its restarts, the same for the agent and for the node: the last good snapshot of the
+    /// cluster, and, for the CNI plugin to read, who is enrolled.
     #[arg(long, env = "HEDDLE_STATE_DIR", default_value = cni::STATE_DIR, value_name = "DIR")]
     pub state_dir: PathBuf,
     /// Unix socket at which the CNI plugin asks; the same path for the agent and for the node.
@@ -148,7 +154,8 @@ pub struct Raw {
 pub enum PlacesBy {
     /// By their uid, among the processes and cgroups of the node, as kubelet and its runtimes name them.
     Node,
-    /// By annotations of the pods, lab.heddle.dev/netns and lab.heddle.dev/cgroup: for pods that no runtime made.
+    /// By annotations of the pods, lab.heddle.dev/netns and lab.heddle.dev/cgroup: for pods that no runtime made. Whoever may
+    /// annotate a pod chooses the netns that the agent enters.
     Annotated,
 }
 
@@ -156,7 +163,8 @@ pub enum PlacesBy {
 #[derive(Debug, Clone)]
 pub struct Config {
     pub node: Arc<str>,
-    pub manifests: PathBuf,
+    pub source: Source,
+    pub state_dir: PathBuf,
     pub places: PlacesBy,
     /// `None` where no CNI asks.
     pub cni: Option<CniConfig>,
@@ -188,6 +196,15 @@ pub struct Config {
     pub workers: usize,
 }
 
+/// Where the truth about the cluster comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A directory of manifests.
+    Manifests(PathBuf),
+    /// The API server, by this kubeconfig where it is one.
+    Kubernetes(Option<PathBuf>),
+}
+
 /// A value that can't work.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{flag} {value:?}: {problem}; {fix}")]
@@ -211,11 +228,17 @@ impl Raw {
     /// # Errors
     /// The first flag whose value can't work.
     pub fn validate(self) -> Result<Config, ConfigError> {
+        let places = self.places.unwrap_or(if self.kubernetes { PlacesBy::Node } else { PlacesBy::Annotated });
         Ok(Config {
             node: named("--node", self.node, "give the node's name, as in spec.nodeName of its pods")?.into(),
-            manifests: directory("--manifests", self.manifests)?,
-            places: self.places,
-            cni: cni(self.places, self.cni_socket, self.state_dir, self.cni_conf_dir, self.cni_bin_dir)?,
+            source: source(self.manifests, self.kubernetes, self.kubeconfig)?,
+            state_dir: absolute(
+                "--state-dir",
+                self.state_dir.clone(),
+                "give an absolute path such as /var/lib/heddle",
+            )?,
+            places,
+            cni: cni(places, self.cni_socket, self.state_dir, self.cni_conf_dir, self.cni_bin_dir)?,
             trust_domain: trust_domain(&self.trust_domain)?,
             trust_domain_aliases: aliases(&self.trust_domain_alias, &self.trust_domain)?,
             crl: self.crl.map(|path| CrlConfig { path, failure: self.crl_failure }),
@@ -269,6 +292,18 @@ fn absolute(flag: &'static str, path: PathBuf, fix: &'static str) -> Result<Path
         Ok(path)
     } else {
         Err(ConfigError::new(flag, path.to_string_lossy(), "is not absolute", fix))
+    }
+}
+
+fn source(manifests: Option<PathBuf>, kubernetes: bool, kubeconfig: Option<PathBuf>) -> Result<Source, ConfigError> {
+    let fix = "give --kubernetes in a cluster, or --manifests DIR";
+    match (manifests, kubernetes) {
+        (Some(path), false) => directory("--manifests", path).map(Source::Manifests),
+        (None, true) => Ok(Source::Kubernetes(kubeconfig)),
+        (Some(path), true) => {
+            Err(ConfigError::new("--manifests", path.to_string_lossy(), "is given with --kubernetes", fix))
+        }
+        (None, false) => Err(ConfigError::new("--kubernetes", "", "is not given, nor is --manifests", fix)),
     }
 }
 

@@ -205,6 +205,49 @@ pub const MANIFEST_QUIET_MAX: Duration = Duration::from_millis(500);
 pub const MANIFEST_QUIET_WHOLE: Duration = Duration::from_millis(5);
 /// The directory is looked at this often even when inotify says nothing (duration).
 pub const MANIFEST_POLL: Duration = Duration::from_secs(2);
+/// Objects of one kind of the API server that are kept (objects): Kubernetes is made for 150,000 pods. Of those that make no sense
+/// as many are told of (objects).
+pub const KUBE_OBJECTS: usize = 200_000;
+pub const KUBE_FAULTS: usize = 1_000;
+/// How long one page of a list, and the beginning of a watch, may take (duration).
+pub const KUBE_LIST: Duration = Duration::from_secs(30);
+/// A watch of the agent (seconds), and up to half of it more, by lot: a thousand agents begin some twenty watches a second.
+pub const KUBE_AGENT_WATCH: u32 = 280;
+/// A watch that says nothing for this long, not even a bookmark, which comes every minute, is begun anew (duration): its
+/// connection may be dead. Less than the client's own deadline, so that silence is no failure.
+pub const KUBE_SILENCE: Duration = Duration::from_secs(KUBE_WATCH as u64 + 4);
+/// Backoff of an API server that answers that it won't (duration), doubled each time, with jitter; the longest time that it may
+/// ask for itself (duration).
+pub const KUBE_BACKOFF_MIN: Duration = Duration::from_millis(500);
+pub const KUBE_BACKOFF_MAX: Duration = Duration::from_secs(15);
+pub const KUBE_RETRY_AFTER: Duration = Duration::from_secs(60);
+/// While it can't be reached it is tried after this long, less up to half, by lot, and waited for this long (durations): it is
+/// followed again within two seconds, for one connection attempt of each agent a second.
+pub const KUBE_KNOCK: Duration = Duration::from_secs(1);
+pub const KUBE_KNOCK_ANSWER: Duration = Duration::from_secs(2);
+/// How often a policy kind that is not there is looked for (duration), and how long policies that were known of it hold on
+/// (duration): a server that has just started does not know its CRDs yet.
+pub const KUBE_ABSENT_LOOK: Duration = Duration::from_secs(20);
+pub const KUBE_ABSENT_HOLD: Duration = Duration::from_secs(60);
+/// What the API server tells is put in force after this long without another change, or after this long where policies or
+/// namespaces changed, and at the latest after the third (durations): a rollout changes a pod and its slices in one go.
+pub const KUBE_QUIET: Duration = Duration::from_millis(20);
+pub const KUBE_QUIET_POLICY: Duration = Duration::from_millis(5);
+pub const KUBE_QUIET_MAX: Duration = Duration::from_millis(100);
+/// After indexing the thread rests so many times as long as that took (times), at most the second (duration); as long where a
+/// policy changed. So changes without end cost a fifth of a core.
+pub const KUBE_INDEX_REST: u32 = 4;
+pub const KUBE_INDEX_REST_MAX: Duration = Duration::from_secs(1);
+/// The last good snapshot on disk: largest (bytes), oldest that is used (duration), between two writes of one that changed, of one
+/// whose policies changed, and of one that did not (durations). A node's disk is not for logs of every pod's life.
+pub const SAVED_BYTES: u64 = 256 << 20;
+pub const SAVED_AGE: Duration = Duration::from_secs(24 * 3_600);
+pub const SAVED_PAUSE: Duration = Duration::from_secs(10);
+pub const SAVED_PAUSE_POLICY: Duration = Duration::from_secs(1);
+pub const SAVED_AGAIN: Duration = Duration::from_secs(600);
+/// How long an agent that starts waits for the API server before it decides by the last good snapshot (duration); less if that
+/// says that it is away.
+pub const SAVED_PATIENCE: Duration = Duration::from_secs(5);
 /// `serviceAccounts` in one source of an AuthorizationPolicy (names), as Istio's API has it.
 pub const SERVICE_ACCOUNTS: usize = 16;
 

@@ -186,7 +186,14 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
         capture::Handle::start(CaptureConfig { bpffs: config.bpffs.clone(), probe: ProbeCommand::default() }).await?;
     drop(mapping);
     let places = find_pods(&config).await?;
-    let (view, source) = read_cluster(&config, places.clone()).await?;
+    let read = tokio::select! {
+        read = read_cluster(&config, places.clone(), &readiness) => read?,
+        () = terminate.next() => {
+            tracing::info!("Agent ends: it was told to before it knew its cluster");
+            return Ok(());
+        }
+    };
+    let (view, source) = read;
     let ca = CaClientConfig {
         address: config.ca_address.clone(),
         server_name: config.ca_name.clone(),
@@ -302,12 +309,12 @@ async fn find_pods(config: &Config) -> Result<Option<NodePlaces>, StartError> {
     }
 }
 
-/// Reading the directory blocks.
+/// Gives the cluster when it is known. Reading the directory blocks; the API server is waited for.
 async fn read_cluster(
     config: &Config,
     places: Option<NodePlaces>,
+    readiness: &Readiness,
 ) -> Result<(cluster::View, cluster::Source), StartError> {
-    let manifests = config.manifests.clone();
     let mut settings = cluster::Settings {
         root_namespace: Arc::clone(&config.root_namespace),
         trust_domains: config::names(&config.trust_domain, &config.trust_domain_aliases),
@@ -317,10 +324,23 @@ async fn read_cluster(
     if let Some(places) = places {
         settings.places = Arc::new(places);
     }
-    tokio::task::spawn_blocking(move || cluster::Source::start(manifests, settings))
-        .await
-        .map_err(|error| StartError::System("can't read the manifests", error.into()))?
-        .map_err(Into::into)
+    match config.source.clone() {
+        config::Source::Manifests(directory) => {
+            tokio::task::spawn_blocking(move || cluster::Source::start(directory, settings))
+                .await
+                .map_err(|error| StartError::System("can't read the manifests", error.into()))?
+                .map_err(Into::into)
+        }
+        config::Source::Kubernetes(kubeconfig) => {
+            let api_server = cluster::ApiServer {
+                kubeconfig,
+                state_dir: config.state_dir.clone(),
+                node: Arc::clone(&config.node),
+                cluster_id: Arc::clone(&config.cluster_id),
+            };
+            Ok(cluster::Source::watch(api_server, settings, |what| readiness.block(what)).await?)
+        }
+    }
 }
 
 /// SIGTERM and SIGINT.

@@ -14,10 +14,11 @@ use crate::{
         ask::{json, print},
         table::{span, table},
     },
+    cluster::api_client,
     identity::{
         TrustDomain,
         ca::{
-            ROOT_LIFETIME, api_client,
+            ROOT_LIFETIME,
             rotate::{AGENT_PORT, Given, Group, Outcome, Places, REPLICA_PORT, Rotation, RotationStatus, Step, Store},
         },
         read_small,

@@ -38,13 +38,13 @@ pub(super) use root::pem;
 
 use std::{io, net::SocketAddr, path::PathBuf, time::Duration};
 
-pub use kubernetes::api_client;
 pub use root::{KeyError, KeyProblem};
 pub use server::Ca;
 pub use source::{KeySource, KeyStatus};
 pub use vitals::Vitals;
 
 use super::TrustDomain;
+use crate::cluster::ClientError;
 
 /// Who may ask for certificates.
 #[derive(Debug, Clone)]
@@ -107,7 +107,7 @@ pub enum CaError {
     #[error("a signing key in a Secret needs an API server: give --kubernetes")]
     NoCluster,
     #[error("no way to the API server: {0}")]
-    Cluster(String),
+    Cluster(#[from] ClientError),
     #[error("{0:?} is neither a DNS name nor an IP address")]
     Name(String),
     #[error("certificate: {0}")]

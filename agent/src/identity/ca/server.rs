@@ -28,10 +28,11 @@ use tonic::transport::server::{Connected, Server, TcpConnectInfo};
 use zeroize::Zeroizing;
 
 use super::{
-    Authorization, CaConfig, CaError, authority::Authority, issue::sign_server, kubernetes::api_client, opaque::Opaque,
+    Authorization, CaConfig, CaError, authority::Authority, issue::sign_server, opaque::Opaque,
     publish::Publisher, refusal::Refusal, root::Root, source::Keys, vitals::Vitals,
 };
 use crate::{
+    cluster::api_client,
     identity::{
         proto::istio_certificate_service_server::IstioCertificateServiceServer, tls::provider, verify::handshake_reason,
     },

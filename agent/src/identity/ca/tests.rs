@@ -1,9 +1,5 @@
 //! What the CA signs and what it never does.
 
-/// The API server of the lab, and nothing else of it.
-#[path = "../../../../tests/src/apiserver.rs"]
-mod apiserver;
-
 mod admission;
 mod nodes;
 mod off_node;
@@ -32,6 +28,8 @@ use super::{
     refusal::Refusal,
     root::Root,
 };
+/// The API server of the lab, and nothing else of it.
+use crate::cluster::kubernetes::stand_in as apiserver;
 use crate::{
     identity::{
         IMPERSONATED_IDENTITY, SpiffeId, TrustDomain,

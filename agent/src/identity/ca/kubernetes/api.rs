@@ -13,6 +13,7 @@ use zeroize::Zeroizing;
 
 use super::pods;
 use crate::{
+    cluster::causes,
     identity::ca::{authorize::Pod, refusal::Refusal, review::Review, vitals::Vitals},
     life::limits,
 };
@@ -86,18 +87,4 @@ fn away(error: &kube::Error) -> Refusal {
         kube::Error::SerdeError(_) => Refusal::ApiUnavailable("its answer can't be read".to_owned()),
         other => Refusal::ApiUnavailable(causes(other)),
     }
-}
-
-/// An error with what caused it.
-pub(super) fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let more = cause.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        source = cause.source();
-    }
-    text
 }

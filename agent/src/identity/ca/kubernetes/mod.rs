@@ -5,7 +5,6 @@
 //! is an outage, not a refusal.
 
 mod api;
-mod client;
 mod pods;
 mod watch;
 
@@ -18,7 +17,6 @@ use sha2::{Digest, Sha256};
 use tokio::sync::OnceCell;
 use tokio_util::sync::CancellationToken;
 
-pub use self::client::api_client;
 #[cfg(test)]
 pub(super) use self::pods::read;
 use self::{api::Api, pods::Pods};

@@ -20,11 +20,8 @@ use kube::{
 };
 use tokio::time::{sleep, timeout};
 
-use super::{
-    api::causes,
-    pods::{Index, Pods, read},
-};
-use crate::{identity::ca::vitals::Vitals, life::limits};
+use super::pods::{Index, Pods, read};
+use crate::{cluster::causes, identity::ca::vitals::Vitals, life::limits};
 
 /// What readiness waits for until they are known.
 pub(super) const WAIT: &str = "the API server's list of pods";
