@@ -11,6 +11,7 @@ mod deploy;
 mod fairness;
 mod halfclose;
 mod identity;
+mod kubernetes;
 mod laboratory;
 mod lane;
 mod lane_claims;

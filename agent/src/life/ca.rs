@@ -6,7 +6,7 @@ use axum::{Router, extract::State, http::StatusCode, routing::get};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::{http, start::EXPOSITION};
+use super::{http, policy_status, start::EXPOSITION};
 use crate::identity::ca::{Ca, CaConfig, CaError, Vitals};
 
 /// Why the CA can't run.
@@ -42,6 +42,10 @@ pub async fn serve(
     let ca = Ca::bind(config).await?;
     let stop = CancellationToken::new();
     let serving = tokio::spawn(http::serve(listener, router(ca.vitals()), |_| true, stop.clone()));
+    if let Some((client, publishes)) = ca.publishing() {
+        let writing = policy_status::follow(client, publishes);
+        tokio::spawn(stop.clone().run_until_cancelled_owned(writing));
+    }
     let result = ca.run(shutdown).await;
     stop.cancel();
     // It ends at once: connections under way are tasks of their own.

@@ -209,7 +209,7 @@ pub const MANIFEST_POLL: Duration = Duration::from_secs(2);
 /// as many are told of (objects).
 pub const KUBE_OBJECTS: usize = 200_000;
 pub const KUBE_FAULTS: usize = 1_000;
-/// How long one page of a list, and the beginning of a watch, may take (duration).
+/// How long one page of a list may take (duration); a watch begins within [`KUBE_CALL`].
 pub const KUBE_LIST: Duration = Duration::from_secs(30);
 /// A watch of the agent (seconds), and up to half of it more, by lot: a thousand agents begin some twenty watches a second.
 pub const KUBE_AGENT_WATCH: u32 = 280;
@@ -225,6 +225,9 @@ pub const KUBE_RETRY_AFTER: Duration = Duration::from_secs(60);
 /// followed again within two seconds, for one connection attempt of each agent a second.
 pub const KUBE_KNOCK: Duration = Duration::from_secs(1);
 pub const KUBE_KNOCK_ANSWER: Duration = Duration::from_secs(2);
+/// Where no watch has heard anything for this long, the API server is asked for its version (duration), and twice no answer means
+/// that its connections are dead: what drops packets without a word is found within 20 s.
+pub const KUBE_PULSE: Duration = Duration::from_secs(15);
 /// How often a policy kind that is not there is looked for (duration), and how long policies that were known of it hold on
 /// (duration): a server that has just started does not know its CRDs yet.
 pub const KUBE_ABSENT_LOOK: Duration = Duration::from_secs(20);
@@ -345,6 +348,8 @@ pub const KEY_SETTLE: Duration = Duration::from_millis(500);
 /// How often the published trust bundle file is looked at (duration), and how often those of all namespaces (duration): two lists.
 pub const PUBLISH_LOOK: Duration = Duration::from_secs(2);
 pub const CONFIG_MAP_LOOK: Duration = Duration::from_secs(10);
+/// How often policies are looked at whose status may have to be written (duration): two lists.
+pub const POLICY_STATUS_LOOK: Duration = Duration::from_secs(10);
 /// One call to the API server (duration), and objects in one page of a list (objects).
 pub const KUBE_CALL: Duration = Duration::from_secs(5);
 pub const KUBE_PAGE: u32 = 500;

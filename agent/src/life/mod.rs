@@ -11,7 +11,7 @@
 //! - [`proof`]: one connection that is made to show how a pair of pods is protected
 //! - [`records`]: what the kernel says of its lane's connections, for telemetry
 //! - [`drain`]: how it ends
-//! - [`ca`]: the life of the CA, which is a process of its own
+//! - [`ca`]: the life of the CA, which is a process of its own; `policy_status`: what it writes into policies' status
 
 pub mod admin;
 pub mod budget;
@@ -28,6 +28,7 @@ mod keeper;
 pub mod lane;
 pub mod limits;
 pub mod log;
+mod policy_status;
 pub mod proof;
 pub mod readiness;
 mod records;

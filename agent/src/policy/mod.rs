@@ -18,6 +18,7 @@ mod parse;
 mod question;
 mod rulebook;
 mod rules;
+pub mod status;
 mod strictness;
 mod verdicts;
 

@@ -250,6 +250,11 @@ impl ApiServer {
         self.known().faults.some.push((plural.to_owned(), fault, times));
     }
 
+    /// Requests for a resource fail no more.
+    pub fn recover(&self, plural: &str) {
+        self.known().faults.some.retain(|(of, ..)| of != plural);
+    }
+
     /// Ends every connection without a word.
     pub fn drop_connections(&self) {
         self.cluster.connections.drop_all();

@@ -41,6 +41,8 @@ pub(super) enum Trouble {
     Refused { code: u16, message: String, after: Option<Duration> },
     /// It can't be reached, or breaks off.
     Away(String),
+    /// Nothing is heard of it any more.
+    Silent,
     /// What it said can't be read.
     Unreadable(String),
 }
@@ -70,6 +72,7 @@ impl Trouble {
             Self::Refused { code: 401, .. } => "the API server does not know the agent's token (401)".to_owned(),
             Self::Refused { code: 403, message, .. } => format!("RBAC does not allow it: {message}"),
             Self::Refused { code, message, .. } => format!("the API server answers {code}: {message}"),
+            Self::Silent => "the API server does not answer any more".to_owned(),
             Self::Away(message) => format!("the API server can't be reached: {message}"),
             Self::Unreadable(message) => format!("what the API server says can't be read: {message}"),
         }
@@ -78,6 +81,17 @@ impl Trouble {
 
 /// What becomes of an object that was sent: its name, and the object or why it can't be one.
 pub(super) type Taken = (Name, Result<Object, Fault>);
+
+/// Does `work` unless the connections to the API server are found dead before it is done.
+async fn until_dead<T>(
+    work: impl Future<Output = Result<T, Trouble>>,
+    dead: impl Future<Output = ()>,
+) -> Result<T, Trouble> {
+    tokio::select! {
+        done = work => done,
+        () = dead => Err(Trouble::Silent),
+    }
+}
 
 /// How a kind is followed.
 pub(super) struct Followed<K> {
@@ -104,15 +118,20 @@ where
         loop {
             let Some(api) = self.apis.get(served % self.apis.len().max(1)) else { return };
             let began = Instant::now();
+            let mut dead = reach.dead();
+            let lives = async {
+                // Its other end is as long as we are.
+                let _changed = dead.changed().await;
+            };
             let trouble = match &mut version {
-                None => match self.list(api, paged, &shared).await {
+                None => match until_dead(self.list(api, paged, &shared), lives).await {
                     Ok(listed) => {
                         (version, paged, missing) = (Some(listed), true, 0);
                         continue;
                     }
                     Err(trouble) => trouble,
                 },
-                Some(at) => match self.watch(api, at, &shared).await {
+                Some(at) => match until_dead(self.watch(api, at, &shared, &reach), lives).await {
                     Ok(()) => {
                         away = 0;
                         if began.elapsed() >= limits::KUBE_BACKOFF_MIN {
@@ -141,11 +160,11 @@ where
                         limits::KUBE_ABSENT_LOOK.mul_f64(0.5 + fastrand::f64() / 2.0)
                     })
                 }
-                Trouble::Away(_) => {
+                Trouble::Away(_) | Trouble::Silent => {
                     shared.failed(resource, trouble.told());
                     away += 1;
                     // A connection that ended is made again at once; after that, when anything answers there.
-                    if away > 1 {
+                    if away > 1 || trouble == Trouble::Silent {
                         reach.wait(Instant::now()).await;
                     }
                     (away > 2).then(|| backoff.next(None))
@@ -199,13 +218,13 @@ where
     }
 
     /// What changes after version `at`, until the watch ends; `at` is moved on.
-    async fn watch(&self, api: &Api<K>, at: &mut String, shared: &Shared) -> Result<(), Trouble> {
+    async fn watch(&self, api: &Api<K>, at: &mut String, shared: &Shared, reach: &Reach) -> Result<(), Trouble> {
         // Spread, so that not every agent's watches end at once.
         let seconds = limits::KUBE_AGENT_WATCH;
         let wanted = WatchParams { bookmarks: true, ..WatchParams::default() };
         let wanted = wanted.timeout(fastrand::u32(seconds..=seconds + seconds / 2));
-        let events = timeout(limits::KUBE_LIST, api.watch(&wanted, at)).await;
-        let events = events.map_err(|_| Trouble::Away(format!("no answer within {:?}", limits::KUBE_LIST)))?;
+        let events = timeout(limits::KUBE_CALL, api.watch(&wanted, at)).await;
+        let events = events.map_err(|_| Trouble::Away(format!("no answer within {:?}", limits::KUBE_CALL)))?;
         let mut events = pin!(events.map_err(|error| Trouble::of(&error))?);
         shared.well(self.resource);
         loop {
@@ -214,6 +233,7 @@ where
                 Err(_) | Ok(None) => return Ok(()),
                 Ok(Some(event)) => event.map_err(|error| Trouble::of(&error))?,
             };
+            reach.heard();
             let moved = match event {
                 WatchEvent::Added(object) | WatchEvent::Modified(object) => {
                     let moved = object.meta().resource_version.clone();

@@ -28,13 +28,14 @@ use std::{
     thread,
 };
 
+use serde_json::Value;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 pub(crate) use self::client::causes;
 pub use self::client::{ClientError, api_client};
 use self::{shared::Shared, source::Thread, store::Resource};
-use super::{Problem, Settings, SourceError, View};
+use super::{Objects, PolicyKind, Problem, Settings, Snapshot, SourceError, View, index, read};
 
 /// Which API server, and for whom.
 #[derive(Debug, Clone)]
@@ -47,6 +48,21 @@ pub struct ApiServer {
     pub node: Arc<str>,
     /// The last good snapshot of another cluster is of no use.
     pub cluster_id: Arc<str>,
+}
+
+/// The snapshot of a cluster that has nothing but these policies, as the API server tells of them.
+pub(crate) fn policies(policies: impl IntoIterator<Item = (PolicyKind, Value)>, settings: &Settings) -> Snapshot {
+    let mut objects = Objects::default();
+    for (kind, policy) in policies {
+        let Value::Object(mut object) = policy else { continue };
+        trim::policy(&mut object);
+        match read::policy(kind, object) {
+            read::Policy::Authorization(policy) => objects.authorization_policies.push(policy),
+            read::Policy::Peer(policy) => objects.peer_authentications.push(policy),
+            read::Policy::Invalid(policy) => objects.invalid_policies.push(policy),
+        }
+    }
+    index(&[Arc::new(objects)], settings, 1)
 }
 
 /// Ends the thread when it is dropped.

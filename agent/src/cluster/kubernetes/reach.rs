@@ -2,12 +2,15 @@
 //!
 //! While it can't be reached one knocks for all: seven watches of each of a thousand nodes would be a storm.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::PoisonError,
+    time::{Duration, Instant},
+};
 
 use kube::Client;
 use tokio::{
-    sync::Mutex,
-    time::{sleep, timeout},
+    sync::{Mutex, watch},
+    time::{sleep, sleep_until, timeout},
 };
 
 use crate::life::limits;
@@ -35,13 +38,46 @@ impl Backoff {
 /// Whether the API server answers.
 pub(super) struct Reach {
     client: Client,
-    /// When it last did.
+    /// When it last did, to a knock.
     answered: Mutex<Option<Instant>>,
+    /// When a watch last heard anything.
+    heard: std::sync::Mutex<Instant>,
+    /// Rises when its connections are found dead.
+    dead: watch::Sender<u64>,
 }
 
 impl Reach {
     pub fn new(client: Client) -> Self {
-        Self { client, answered: Mutex::new(None) }
+        let heard = std::sync::Mutex::new(Instant::now());
+        Self { client, answered: Mutex::new(None), heard, dead: watch::Sender::new(0) }
+    }
+
+    /// Notes that a watch has heard something.
+    pub fn heard(&self) {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// Changes when connections that say nothing are found dead.
+    pub fn dead(&self) -> watch::Receiver<u64> {
+        self.dead.subscribe()
+    }
+
+    /// Asks whether it lives whenever nothing was heard for long. For ever.
+    pub async fn pulse(&self) {
+        loop {
+            let heard = *self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+            let due = heard + limits::KUBE_PULSE;
+            if Instant::now() < due {
+                sleep_until(due.into()).await;
+                continue;
+            }
+            // The first may have been lost with a connection that only it had.
+            if !self.knock().await && !self.knock().await {
+                self.dead.send_modify(|times| *times += 1);
+                self.wait(Instant::now()).await;
+            }
+            self.heard();
+        }
     }
 
     /// Waits until it has answered anything, even that it won't, after `failed`.
@@ -49,12 +85,16 @@ impl Reach {
         let mut answered = self.answered.lock().await;
         while answered.is_none_or(|at| at <= failed) {
             sleep(limits::KUBE_KNOCK.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-            let knock = timeout(limits::KUBE_KNOCK_ANSWER, self.client.apiserver_version()).await;
-            // An answer that is no version is one.
-            if matches!(knock, Ok(Ok(_) | Err(kube::Error::Api(_) | kube::Error::SerdeError(_)))) {
+            if self.knock().await {
                 *answered = Some(Instant::now());
             }
         }
+    }
+
+    async fn knock(&self) -> bool {
+        let knock = timeout(limits::KUBE_KNOCK_ANSWER, self.client.apiserver_version()).await;
+        // An answer that is no version is one.
+        matches!(knock, Ok(Ok(_) | Err(kube::Error::Api(_) | kube::Error::SerdeError(_))))
     }
 }
 

@@ -113,6 +113,8 @@ async fn moves(mut changes: watch::Receiver<u64>, shared: Arc<Shared>) {
 fn watches(client: &Client, shared: &Arc<Shared>, node: &Arc<str>) -> JoinSet<()> {
     let mut watches = JoinSet::new();
     let reach = Arc::new(Reach::new(client.clone()));
+    let pulse = Arc::clone(&reach);
+    watches.spawn(async move { pulse.pulse().await });
     macro_rules! follow {
         ($kind:ident, $resource:ident, $take:expr) => {{
             let take: fn($kind) -> Result<$kind, (String, String)> = $take;

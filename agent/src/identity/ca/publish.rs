@@ -14,7 +14,7 @@ use std::{
     time::Instant,
 };
 
-use tokio::time::sleep;
+use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::{CaError, source::Keys};
@@ -34,6 +34,9 @@ struct Cluster {
     lease: lease::Lease,
     /// When all of them are looked at again.
     due: Instant,
+    client: kube::Client,
+    /// Whether the Lease is ours.
+    holds: watch::Sender<bool>,
 }
 
 impl Publisher {
@@ -44,12 +47,19 @@ impl Publisher {
     pub fn new(keys: Arc<Keys>, file: Option<PathBuf>, cluster: Option<(kube::Client, &str)>) -> Result<Self, CaError> {
         let cluster = cluster.map(|(client, namespace)| Cluster {
             maps: config_maps::ConfigMaps::new(client.clone(), namespace),
-            lease: lease::Lease::new(client, namespace),
+            lease: lease::Lease::new(client.clone(), namespace),
+            client,
             due: Instant::now(),
+            holds: watch::Sender::new(false),
         });
         let publisher = Self { keys, file, cluster, failing: false };
         publisher.write()?;
         Ok(publisher)
+    }
+
+    /// The way to the cluster, and whether this replica is the one that writes there; `None` without one.
+    pub fn publishing(&self) -> Option<(kube::Client, watch::Receiver<bool>)> {
+        self.cluster.as_ref().map(|cluster| (cluster.client.clone(), cluster.holds.subscribe()))
     }
 
     /// Publishes until `stop`.
@@ -73,6 +83,7 @@ impl Publisher {
             }
         }
         if let Some(cluster) = &mut self.cluster {
+            cluster.holds.send_replace(false);
             cluster.lease.release().await;
         }
     }
@@ -95,7 +106,9 @@ impl Publisher {
 
 impl Cluster {
     async fn turn(&mut self, keys: &Keys) {
-        if !self.lease.hold().await || Instant::now() < self.due {
+        let held = self.lease.hold().await;
+        self.holds.send_if_modified(|before| std::mem::replace(before, held) != held);
+        if !held || Instant::now() < self.due {
             return;
         }
         if self.maps.publish(&keys.current().bundle_pem()).await {

@@ -19,7 +19,7 @@ use rustls_pki_types::{DnsName, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
@@ -92,6 +92,12 @@ impl Ca {
     #[must_use]
     pub fn root_pem(&self) -> String {
         self.authority.keys().current().bundle_pem()
+    }
+
+    /// The way to the API server, and whether this replica is the one that writes there; `None` without an API server.
+    #[must_use]
+    pub fn publishing(&self) -> Option<(kube::Client, watch::Receiver<bool>)> {
+        self.publisher.publishing()
     }
 
     /// What it tells of itself, now and while it runs.
