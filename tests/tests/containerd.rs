@@ -28,7 +28,7 @@ fn pods_start_captured_and_stay_so_over_restarts_of_agent_and_runtime() -> Resul
         };
         talk()?;
         let line = lab.agent(2)?.wait_access("the connection", |line| line.get("src.identity") == client.identity())?;
-        assert_eq!(line.get("connection_security_policy"), "mutual_tls");
+        assert_eq!(line.get("security"), "mutual_tls");
         for _ in 0..2 {
             lab.agent(1)?.restart()?;
             client.wait_captured()?;

@@ -55,6 +55,9 @@ pub(super) fn text(status: &Status) -> String {
         status.node,
         status.version
     ));
+    if status.repairs > 0 {
+        text.push_str(&format!("capture was found wanting and put in order {} times\n", status.repairs));
+    }
     if let Some(problem) = &status.cni_problem {
         text.push_str(&format!("cni problem: {}\n", plain(problem)));
     }

@@ -103,6 +103,9 @@ pub fn list_of(text: &str, name: &str, entry: &Entry) -> Result<String, ListErro
     if !single.get("type").is_some_and(Value::is_string) {
         return Err(ListError::NoType);
     }
+    if single.get("type").is_some_and(|name| name == PLUGIN) {
+        return Err(ListError::Plugins);
+    }
     let mut list = Map::new();
     for key in ["cniVersion", "name"] {
         if let Some(value) = single.get(key) {

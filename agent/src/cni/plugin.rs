@@ -284,10 +284,15 @@ fn question(verb: Verb, environment: &Environment, configuration: &Configuration
         verb,
         pod: PodName { namespace, name, uid },
         container: environment.container.clone(),
-        netns: environment.netns.clone().into(),
+        netns: whole(&environment.netns),
         addresses: configuration.prev_result.as_ref().map(addresses).unwrap_or_default(),
         patience: u64::try_from(configuration.patience().as_millis()).unwrap_or(u64::MAX),
     }))
+}
+
+/// The path without links: the agent, which opens it by way of this process, would follow an absolute one in its own file system.
+fn whole(path: &str) -> PathBuf {
+    std::fs::canonicalize(path).unwrap_or_else(|_| path.into())
 }
 
 /// `CNI_ARGS`: `KEY=VALUE;KEY=VALUE`. Empty values are absent.

@@ -48,6 +48,9 @@ pub struct Status {
     /// What readiness waits for.
     pub waiting_for: Vec<String>,
     pub pods: Vec<PodLine>,
+    /// How often a pod's capture was found wanting and put in order, since the agent started.
+    #[serde(default)]
+    pub repairs: u64,
     /// Why the runtime does not ask before it starts a pod of the mesh, where it should.
     #[serde(default)]
     pub cni_problem: Option<String>,

@@ -5,7 +5,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -43,7 +46,10 @@ pub(super) enum News {
 
 /// The state of every pod that should be captured. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Pods(Arc<Mutex<BTreeMap<Arc<str>, Stated>>>);
+pub struct Pods {
+    table: Arc<Mutex<BTreeMap<Arc<str>, Stated>>>,
+    repairs: Arc<AtomicU64>,
+}
 
 /// A pod's state, and of what it is the state.
 #[derive(Debug, Clone)]
@@ -58,6 +64,17 @@ impl Pods {
     #[must_use]
     pub fn list(&self) -> Vec<PodReport> {
         self.table().values().map(|stated| stated.report.clone()).collect()
+    }
+
+    /// How often a pod's capture was found wanting and put in order, of all pods since the start.
+    #[must_use]
+    pub fn repairs(&self) -> u64 {
+        self.repairs.load(Ordering::Relaxed)
+    }
+
+    fn repaired(&self, pod: &Workload) {
+        self.repairs.fetch_add(1, Ordering::Relaxed);
+        tracing::info!(namespace = %pod.namespace, pod = %pod.name, "Pod's capture was found wanting and is in order again");
     }
 
     /// A pod's state, and where and with which addresses it was attached.
@@ -94,7 +111,7 @@ impl Pods {
     }
 
     fn table(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Stated>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -127,6 +144,8 @@ pub(super) struct Keeper<S> {
     /// Since when the kernel gives it no new connections, while it leaves.
     released: Option<Instant>,
     failures: u32,
+    /// The last proof failed: what is attached may not be as it should be.
+    wanting: bool,
     tried: bool,
 }
 
@@ -140,7 +159,7 @@ enum Woken {
 
 impl<S: Stages> Keeper<S> {
     pub fn new(shared: Shared<S>, uid: Arc<str>) -> Self {
-        Self { shared, uid, spec: None, service: None, released: None, failures: 0, tried: false }
+        Self { shared, uid, spec: None, service: None, released: None, failures: 0, wanting: false, tried: false }
     }
 
     /// Follows `wanted` until the pod is gone and withdrawn, or the agent stops: then it is left pinned.
@@ -247,7 +266,8 @@ impl<S: Stages> Keeper<S> {
         let Ok(_turn) = turns.acquire_owned().await else {
             return uncaptured("stopping", "the agent stops".to_owned());
         };
-        if self.spec.as_ref() != Some(&spec) || self.service.is_none() {
+        // Attaching again puts back what is missing of programs, links, rules, routes and switches, and leaves the rest.
+        if self.spec.as_ref() != Some(&spec) || self.service.is_none() || self.wanting {
             match timeout(limits::ENROL_STEP, self.shared.stages.attach(spec.clone())).await {
                 Err(_) => return uncaptured("timeout", format!("attaching took longer than {:?}", limits::ENROL_STEP)),
                 Ok(Err(error)) => return uncaptured(error.reason(), error.to_string()),
@@ -265,7 +285,12 @@ impl<S: Stages> Keeper<S> {
                 }
             }
         }
-        match timeout(limits::ENROL_STEP, self.shared.stages.prove(&self.uid)).await {
+        let proof = timeout(limits::ENROL_STEP, self.shared.stages.prove(&self.uid)).await;
+        let repaired = std::mem::replace(&mut self.wanting, !matches!(proof, Ok(PodState::Captured))) && !self.wanting;
+        if repaired {
+            self.shared.pods.repaired(pod);
+        }
+        match proof {
             Ok(PodState::Attached) => uncaptured("unproven", "the proof gave no result".to_owned()),
             Ok(state) => state,
             Err(_) => uncaptured("timeout", format!("the proof took longer than {:?}", limits::ENROL_STEP)),

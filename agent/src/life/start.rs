@@ -392,6 +392,7 @@ impl Known {
         let (lane, lost) = (self.context.capture.lane(), self.context.capture.lane());
         let decisions = self.lane.clone();
         let (pods, problems) = (self.pods.clone(), self.problems.clone());
+        let (repaired, cni) = (self.pods.clone(), self.cni.clone());
         Sources {
             live: Box::new(move || live.registry.live()),
             lane: Box::new(move || records::table(&lane)),
@@ -414,6 +415,8 @@ impl Known {
             }),
             pool: Arc::clone(self.context.registry.pool()),
             policy_gaps: Box::new(move || gaps.rules.load().gaps().len()),
+            repairs: Box::new(move || repaired.repairs()),
+            cni: Box::new(move || cni.installed()),
             budget: self.context.budget.clone(),
         }
     }
@@ -467,6 +470,7 @@ impl Known {
                     ready: waiting_for.is_empty(),
                     waiting_for: waiting_for.into_iter().map(Cow::into_owned).collect(),
                     pods,
+                    repairs: self.pods.repairs(),
                     cni_problem: self.cni.problem().map(|(reason, detail)| format!("{reason}: {detail}")),
                     unproven_paths: lane.paths.iter().map(PathLine::from).collect(),
                     manifest_problems: self

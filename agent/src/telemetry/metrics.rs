@@ -55,6 +55,10 @@ pub struct Sources {
     pub pool: Arc<PoolCounts>,
     /// Files that can't be read and may hold policies: connections are denied for want of them.
     pub policy_gaps: Box<dyn Fn() -> usize + Send + Sync>,
+    /// How often a pod's capture was found wanting and put in order.
+    pub repairs: Box<dyn Fn() -> u64 + Send + Sync>,
+    /// Whether the runtime asks before it starts a pod; `None` where there is no CNI to do so.
+    pub cni: Box<dyn Fn() -> Option<bool> + Send + Sync>,
     /// How much of the budgets is used.
     pub budget: Budget,
 }
@@ -227,8 +231,18 @@ impl Metrics {
                 MetricType::GAUGE,
                 (sources.policy_gaps)() as u64,
             ),
+            (
+                "heddle_capture_repairs_total",
+                "Times that a pod's capture was found wanting and put in order.",
+                MetricType::COUNTER,
+                (sources.repairs)(),
+            ),
         ];
-        families.extend(single.into_iter().filter_map(|(name, help, kind, value)| {
+        let cni = (sources.cni)().map(|installed| {
+            let help = "Whether the container runtime asks the agent before it starts a pod.";
+            ("heddle_cni_installed", help, MetricType::GAUGE, u64::from(installed))
+        });
+        families.extend(single.into_iter().chain(cni).filter_map(|(name, help, kind, value)| {
             let row = match kind {
                 MetricType::COUNTER => counter(vec![], value),
                 _ => gauge(vec![], as_f64(value)),

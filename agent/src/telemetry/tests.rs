@@ -145,6 +145,8 @@ pub(super) fn sources(live: Vec<Arc<Connection>>) -> Sources {
         policy_problems: Box::new(|| vec![(PolicyKind::AuthorizationPolicy, Effect::Denies); 3]),
         pool: Arc::default(),
         policy_gaps: Box::new(|| 1),
+        repairs: Box::new(|| 4),
+        cni: Box::new(|| Some(true)),
         budget: budget(),
     }
 }

@@ -9,7 +9,10 @@ use std::{
     fs::File,
     io,
     net::IpAddr,
-    os::fd::{AsFd, AsRawFd},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak,
@@ -181,6 +184,11 @@ fn kubelet_uid(pod: &Pod) -> Option<&str> {
 /// Takes the calling thread into the node's own cgroup namespace, so that every path is one from the root of the hierarchy: an
 /// agent in a container has a namespace of its own, as long as nothing else was asked for.
 fn enter_nodes_cgroups() {
+    // The kernel's first one (`PROC_CGROUP_INIT_INO`) has every path from the root.
+    const FIRST: u64 = 0xEFFF_FFFB;
+    if std::fs::metadata("/proc/thread-self/ns/cgroup").is_ok_and(|own| own.ino() == FIRST) {
+        return;
+    }
     let entered = File::open("/proc/1/ns/cgroup").and_then(|nodes| {
         setns(nodes.as_fd(), CloneFlags::CLONE_NEWCGROUP)?;
         Ok(())
