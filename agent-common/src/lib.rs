@@ -31,12 +31,20 @@
 //!   those of pods that are withdrawn.
 //! - **Workload ids are never used twice** (64 random bits, kept in the pod's record): what an earlier owner of an address
 //!   or slot left behind matches nobody.
+//!
+//! The kubelet's probes:
+//!
+//! - **`PROBE_PORTS` is what the pods' specs say**: the agent puts a pod's ports in before its addresses go into `RESIDENTS`, and
+//!   takes them out with the pod.
+//! - **An entry of `ATTESTED` by [`attested_by::KUBELET`]** is written by `kubelet`, in the cgroup that [`Kubelet`] names, before the
+//!   SYN leaves, and leaves when the kubelet's socket closes. The agent removes those of pods that are withdrawn, and of a
+//!   cgroup that the programs hang on no more.
 #![no_std]
 
 use core::mem::{align_of, offset_of, size_of};
 
-/// Version of every layout in this file; part of the bpffs path (`…/v3`).
-pub const LAYOUT_VERSION: u32 = 3;
+/// Version of every layout in this file; part of the bpffs path (`…/v4`).
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// Port of the agent's listener in each pod's netns. Nothing may address it directly.
 pub const LISTENER_PORT: u16 = 15_001;
@@ -80,6 +88,10 @@ pub const MAX_VERDICTS: u32 = 65_536;
 pub const MAX_DENIALS: u32 = 4_096;
 /// Most ports of Services with endpoints on this node that the kernel chooses for.
 pub const MAX_SERVICES: u32 = 16_384;
+/// Most ports of pods that the kubelet probes, over all pods of the node. What does not fit is not passed.
+pub const MAX_PROBE_PORTS: u32 = 16_384;
+/// Places of `PROBING`, a power of two: more than probes can be between their connect() and its SYN.
+pub const PROBING_PLACES: u32 = 1_024;
 /// Bytes of the ring of ended connections, a power of two of pages.
 pub const EVENTS_BYTES: u32 = 2 * 1_024 * 1_024;
 /// Places of `ADMITTED`, a power of two: sixteen of the 4,096 cookies that a CPU takes in a row. Two CPUs between a connect() and its
@@ -106,6 +118,10 @@ pub mod maps {
     pub const LOOKED: &str = "LOOKED";
     /// Cookies of sockets that `connect` let onto the kernel lane.
     pub const ADMITTED: &str = "ADMITTED";
+    /// Ports of pods that the kubelet may probe: keys are [`super::ProbePort`].
+    pub const PROBE_PORTS: &str = "PROBE_PORTS";
+    /// Cookies of the kubelet's sockets that are about to send their SYN to a probe port.
+    pub const PROBING: &str = "PROBING";
     /// Socket storage, freed with the socket; not pinned by name in the object.
     pub const ASKED: &str = "ASKED";
     /// Ring of [`super::Ended`].
@@ -124,11 +140,16 @@ pub mod programs {
     pub const PEERNAME4: &str = "peername4";
     pub const PEERNAME6: &str = "peername6";
     pub const OBSERVE: &str = "observe";
+    /// Those of the kubelet's cgroup; their links are under `kubelet/`.
+    pub const KUBELET4: &str = "kubelet4";
+    pub const KUBELET6: &str = "kubelet6";
+    pub const KUBELET: &str = "kubelet";
 }
 
 /// Names of the read-only globals that make one instance of the programs per pod.
 pub mod globals {
     pub const POD: &str = "POD";
+    pub const KUBELET: &str = "KUBELET";
     /// Most detailed level that is logged, `u8`, defined by aya-log-ebpf: 0 nothing, 1 error, 2 warn. At 0 the verifier
     /// removes the logging code; without an override everything is logged.
     pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
@@ -175,7 +196,8 @@ pub struct Tuple {
     pub padding: u32,
 }
 
-/// Who vouched for a connection: value of the `ATTESTED` map. From `source` on it is the kernel lane's, zero for others.
+/// Who vouched for a connection: value of the `ATTESTED` map. From `source` on it is the kernel lane's, zero for others; but of
+/// the kubelet's, `source` is the id of its cgroup, `destination` the pod, `id` its socket and `destination_state` as on the lane.
 ///
 /// Fields of the source's side are written by the source's program alone, those of the destination's side by the
 /// destination's.
@@ -249,6 +271,8 @@ pub mod attested_by {
     pub const AGENT: u32 = 1;
     /// The source's `observe`, for the kernel lane.
     pub const KERNEL: u32 = 2;
+    /// `kubelet`, for a probe.
+    pub const KUBELET: u32 = 3;
 }
 
 /// Bits of [`Attestation::source_state`] and [`Attestation::destination_state`].
@@ -304,6 +328,33 @@ pub struct Verdict {
 pub mod verdict {
     pub const ALLOW: u32 = 1;
     pub const DENY: u32 = 2;
+}
+
+/// A port of a pod that the kubelet probes, in host order: key of the `PROBE_PORTS` map, whose values mean nothing.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ProbePort {
+    /// Workload id.
+    pub workload: u64,
+    pub port: u16,
+    pub padding: [u16; 3],
+}
+
+impl ProbePort {
+    #[must_use]
+    pub const fn new(workload: u64, port: u16) -> Self {
+        Self { workload, port, padding: [0; 3] }
+    }
+}
+
+/// Read-only data of the kubelet's programs: which tasks and sockets are the kubelet's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kubelet {
+    /// Id of its cgroup: a task below it is another's.
+    pub cgroup: u64,
+    /// Cookie of the host's netns (`SO_NETNS_COOKIE`, Linux 5.14); zero where it can't be had, and then it is not asked for.
+    pub netns: u64,
 }
 
 /// A port of a Service's cluster address, in host order: key of the `SERVICES` map.
@@ -431,6 +482,8 @@ pub struct PodCounts {
     pub lane_full: u64,
     /// Ends of kernel-lane connections that found no room in `EVENTS`.
     pub events_lost: u64,
+    /// Look-ups of the kubelet's connections to probe ports, passed to the app.
+    pub probes: u64,
 }
 
 const _: () = {
@@ -447,14 +500,16 @@ const _: () = {
     assert!(size_of::<Ended>() == 160);
     assert!(size_of::<Pod>() == 88 && offset_of!(Pod, addresses) == 24);
     assert!(size_of::<PodGate>() == 8);
-    assert!(size_of::<PodCounts>() == 112);
+    assert!(size_of::<PodCounts>() == 120);
+    assert!(size_of::<ProbePort>() == 16 && offset_of!(ProbePort, padding) == 10);
+    assert!(size_of::<Kubelet>() == 16);
 };
 
 #[cfg(feature = "userspace")]
 mod plain_old_data {
     use super::{
-        Address, Asked, Attestation, Destination, Ended, LocalEndpoints, Pair, Pod, PodCounts, PodGate, Resident,
-        ServicePort, Tuple, Verdict,
+        Address, Asked, Attestation, Destination, Ended, Kubelet, LocalEndpoints, Pair, Pod, PodCounts, PodGate,
+        ProbePort, Resident, ServicePort, Tuple, Verdict,
     };
 
     macro_rules! plain_old_data {
@@ -471,11 +526,13 @@ mod plain_old_data {
         Attestation,
         Destination,
         Ended,
+        Kubelet,
         LocalEndpoints,
         Pair,
         Pod,
         PodCounts,
         PodGate,
+        ProbePort,
         Resident,
         ServicePort,
         Tuple,

@@ -14,6 +14,7 @@ pub use crate::{
     },
     life::fuzzing::{admin_query, flags},
     policy::fuzzing::policies,
+    telemetry::scrape::fuzzing::exposition,
     tunnel::fuzzing::{arrival, connect_target, frames, own_headers, proof_answer, request_headers},
 };
 
@@ -33,6 +34,7 @@ mod tests {
         ("certificate_request", super::certificate_request),
         ("cni", super::cni),
         ("connect_target", super::connect_target),
+        ("exposition", super::exposition),
         ("flags", super::flags),
         ("frames", super::frames),
         ("manifests", super::manifests),

@@ -73,6 +73,10 @@ pub fn lookup(ctx: &SkLookupContext) -> u32 {
                 maps::count(offset_of!(PodCounts, lane_denied));
                 return SK_DROP;
             }
+            Attested::Probe => {
+                maps::count(offset_of!(PodCounts, probes));
+                return SK_PASS;
+            }
             Attested::Undecided => {}
             Attested::No if source.is_loopback() || maps::is_own(source) => return SK_PASS,
             Attested::No => {}
@@ -87,6 +91,8 @@ enum Attested {
     Yes,
     /// Of a pod of this node that policy does not let in.
     Denied,
+    /// The kubelet probes one of the pod's probe ports.
+    Probe,
     /// Of a pod of this node, and its verdict is being decided anew: the agent knows who it is.
     Undecided,
     No,
@@ -113,6 +119,13 @@ fn attested(tuple: &Tuple) -> Attested {
                 }
                 _ => Attested::Undecided,
             }
+        }
+        attested_by::KUBELET
+            if destination == maps::workload()
+                && state & side::ESTABLISHED == 0
+                && maps::is_probe_port(destination, tuple.destination_port) =>
+        {
+            Attested::Probe
         }
         _ => Attested::No,
     }

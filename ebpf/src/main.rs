@@ -1,6 +1,7 @@
 //! The kernel side: one file per hook, named for what it does to traffic.
 //!
-//! One instance of these programs exists per pod, with the pod's slot and addresses as read-only data. They use UAPI
+//! One instance of these programs exists per pod, with the pod's slot and addresses as read-only data, and one of `kubelet` on
+//! the kubelet's cgroup. They use UAPI
 //! contexts and helpers only, nothing newer than Linux 5.10, so one object serves every kernel on every little-endian
 //! architecture. They must never let a mesh connection go on plainly because something failed: what can't be steered is
 //! refused.
@@ -15,6 +16,8 @@ mod address;
 mod connect;
 #[cfg(target_arch = "bpf")]
 mod datagram;
+#[cfg(target_arch = "bpf")]
+mod kubelet;
 #[cfg(target_arch = "bpf")]
 mod lane;
 #[cfg(target_arch = "bpf")]
@@ -37,7 +40,7 @@ mod programs {
         programs::{SkLookupContext, SockAddrContext, SockOpsContext},
     };
 
-    use crate::{connect, datagram, lookup, observe, peername};
+    use crate::{connect, datagram, kubelet, lookup, observe, peername};
 
     #[cgroup_sock_addr(connect4)]
     pub fn connect4(ctx: SockAddrContext) -> i32 {
@@ -72,6 +75,21 @@ mod programs {
     #[sock_ops]
     pub fn observe(ctx: SockOpsContext) -> u32 {
         observe::observe(&ctx)
+    }
+
+    #[cgroup_sock_addr(connect4)]
+    pub fn kubelet4(ctx: SockAddrContext) -> i32 {
+        kubelet::ipv4(&ctx)
+    }
+
+    #[cgroup_sock_addr(connect6)]
+    pub fn kubelet6(ctx: SockAddrContext) -> i32 {
+        kubelet::ipv6(&ctx)
+    }
+
+    #[sock_ops]
+    pub fn kubelet(ctx: SockOpsContext) -> u32 {
+        kubelet::vouch(&ctx)
     }
 
     #[sk_lookup]

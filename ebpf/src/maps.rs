@@ -13,9 +13,10 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray, RingBuf, SockMap},
 };
 use heddle_common::{
-    ADMITTED_PLACES, Address, Asked, Attestation, Destination, EVENTS_BYTES, LOOKED_PLACES, LocalEndpoints,
-    MAX_ATTESTED, MAX_DENIALS, MAX_DESTINATIONS, MAX_PODS, MAX_RESIDENTS, MAX_SERVICES, MAX_VERDICTS, PROGRESS_JIFFIES,
-    Pair, Pod, PodCounts, PodGate, Resident, ServicePort, Tuple, Verdict, gate,
+    ADMITTED_PLACES, Address, Asked, Attestation, Destination, EVENTS_BYTES, Kubelet, LOOKED_PLACES, LocalEndpoints,
+    MAX_ATTESTED, MAX_DENIALS, MAX_DESTINATIONS, MAX_PODS, MAX_PROBE_PORTS, MAX_RESIDENTS, MAX_SERVICES, MAX_VERDICTS,
+    PROBING_PLACES, PROGRESS_JIFFIES, Pair, Pod, PodCounts, PodGate, ProbePort, Resident, ServicePort, Tuple, Verdict,
+    gate,
 };
 
 use crate::address::Ip;
@@ -73,6 +74,14 @@ static ADMITTED: Array<u64> = Array::pinned(ADMITTED_PLACES, 0);
 #[map]
 static LOOKED: Array<u64> = Array::pinned(LOOKED_PLACES, 0);
 
+/// Ports that the kubelet probes, by pod.
+#[map]
+static PROBE_PORTS: HashMap<ProbePort, u32> = HashMap::pinned(MAX_PROBE_PORTS, BPF_F_NO_PREALLOC);
+
+/// Cookies of the kubelet's sockets between their connect() and its SYN, as `ADMITTED` has those of pods.
+#[map]
+static PROBING: Array<u64> = Array::pinned(PROBING_PLACES, 0);
+
 /// Connections of the kernel lane that have ended.
 #[map]
 pub static EVENTS: RingBuf = RingBuf::pinned(EVENTS_BYTES, 0);
@@ -86,6 +95,10 @@ static POD: Pod = Pod {
     netns: 0,
     addresses: [Address { octets: [0; 16] }; Pod::MAX_ADDRESSES],
 };
+
+/// The kubelet of this instance; the loader writes it as it does `POD`. Without a loader: nobody's.
+#[unsafe(no_mangle)]
+static KUBELET: Kubelet = Kubelet { cgroup: 0, netns: 0 };
 
 /// Slot of this instance's pod.
 #[inline(always)]
@@ -196,6 +209,47 @@ fn admitted(cookie: u64) -> Option<*mut u64> {
 #[inline(always)]
 fn place(cookie: u64) -> u32 {
     (cookie ^ cookie >> 12) as u32
+}
+
+/// Id of the kubelet's cgroup, and the cookie of the host's netns; zero where nobody knows it.
+#[inline(always)]
+pub fn kubelet() -> (u64, u64) {
+    // SAFETY: as in `slot`.
+    unsafe { ((&raw const KUBELET.cgroup).read_volatile(), (&raw const KUBELET.netns).read_volatile()) }
+}
+
+/// Whether the kubelet probes this port of the pod.
+#[inline(always)]
+pub fn is_probe_port(workload: u64, port: u16) -> bool {
+    PROBE_PORTS.get_ptr(ProbePort::new(workload, port)).is_some()
+}
+
+/// Notes that this socket of the kubelet is about to probe.
+#[inline(always)]
+pub fn probe(cookie: u64) {
+    if let Some(probing) = probing(cookie) {
+        // SAFETY: as in `admit`.
+        unsafe { probing.write_volatile(cookie) }
+    }
+}
+
+/// Whether this socket of the kubelet is about to probe; not any more afterwards.
+#[inline(always)]
+pub fn take_probe(cookie: u64) -> bool {
+    let Some(probing) = probing(cookie) else { return false };
+    // SAFETY: as in `admit`.
+    unsafe {
+        if probing.read_volatile() != cookie {
+            return false;
+        }
+        probing.write_volatile(0);
+    }
+    true
+}
+
+#[inline(always)]
+fn probing(cookie: u64) -> Option<*mut u64> {
+    PROBING.get_ptr_mut(place(cookie) % PROBING_PLACES)
 }
 
 /// Notes that the bytes of this socket are looked at now, in ticks of the kernel's clock.

@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// The only verdict of a `sockops` program.
-const PROCEED: u32 = 1;
+pub const PROCEED: u32 = 1;
 
 const SOL_SOCKET: i32 = 1;
 /// Shift of the smoothed round-trip time that TCP keeps.
@@ -54,14 +54,14 @@ pub fn observe(ctx: &SockOpsContext) -> u32 {
 
 /// A side of a connection.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum End {
+pub enum End {
     Source,
     Destination,
 }
 
 /// The connection as its destination sees it.
 #[inline(always)]
-fn tuple(ctx: &SockOpsContext, of: End) -> Tuple {
+pub fn tuple(ctx: &SockOpsContext, of: End) -> Tuple {
     let ops = ctx.ops;
     // SAFETY: the kernel gives a valid context. The remote port is in network order, in the upper half of its word on
     // little-endian machines.
@@ -204,6 +204,10 @@ fn accepted(ctx: &SockOpsContext) {
     // SAFETY: a live entry of the map; the destination's side writes its own fields alone.
     unsafe {
         if (*entry).by != attested_by::KERNEL || (*entry).destination != maps::workload() {
+            // A probe lets one connection in: no other SYN of its 4-tuple.
+            if (*entry).by == attested_by::KUBELET && (*entry).destination == maps::workload() {
+                (*entry).destination_state = side::ESTABLISHED;
+            }
             return;
         }
         (*entry).peer = cookie;

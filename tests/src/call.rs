@@ -1,6 +1,6 @@
 //! One run of `lab-peer` as a client in a pod: its options, its deadline, its typed report.
 
-use std::{fmt::Display, marker::PhantomData, net::IpAddr, time::Duration};
+use std::{fmt::Display, marker::PhantomData, net::IpAddr, path::Path, time::Duration};
 
 use anyhow::{Context, Result};
 use serde::de::DeserializeOwned;
@@ -113,6 +113,13 @@ impl<'pod, T> Call<'pod, T> {
         let folder = lab.claim().cgroup.join("host");
         crate::cgroup::make(&folder)?;
         self.elsewhere.cgroup = Some(folder);
+        Ok(self)
+    }
+
+    /// Runs as a process of the pod's node, in this cgroup.
+    pub fn on_the_host_in(mut self, lab: &Lab, cgroup: &Path) -> Result<Self> {
+        self.elsewhere.netns = Some(lab.node(self.pod.node())?.netns.path());
+        self.elsewhere.cgroup = Some(cgroup.to_owned());
         Ok(self)
     }
 

@@ -1,6 +1,11 @@
 //! The kernel's tables of a node, read and written past its agent: what the kernel lane holds, and what its programs cost.
 
-use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use aya::{
@@ -155,6 +160,16 @@ impl Kernel {
         });
         Ok(seen.collect())
     }
+}
+
+/// How many programs hang on a cgroup itself.
+pub fn programs_on(cgroup: &Path) -> Result<usize> {
+    let output = std::process::Command::new("bpftool").args(["-j", "cgroup", "show"]).arg(cgroup).output()?;
+    ensure!(output.status.success(), "bpftool: {output:?}");
+    // Of none it says nothing.
+    let text = if output.stdout.is_empty() { b"[]".to_vec() } else { output.stdout };
+    let listed: Vec<serde_json::Value> = serde_json::from_slice(&text).context("bpftool's answer")?;
+    Ok(listed.len())
 }
 
 /// The kernel counts runs and time of every program as long as the answer is held (`BPF_ENABLE_STATS`).

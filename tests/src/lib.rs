@@ -28,6 +28,7 @@ pub mod containerd;
 pub mod hostile;
 pub mod http;
 pub mod kernel;
+pub mod kubelet;
 pub mod kubernetes;
 pub mod lab;
 pub mod logs;
@@ -47,6 +48,7 @@ pub mod usage;
 pub mod wait;
 
 pub use agent::TRUST_DOMAIN;
+pub use kubelet::Kubelet;
 pub use lab::{Lab, LabBuilder};
 pub use netns::Netns;
 pub use node::Node;

@@ -38,6 +38,7 @@ pub struct PodBuilder {
     labels: BTreeMap<String, String>,
     annotations: BTreeMap<String, String>,
     serves: Vec<String>,
+    container: Value,
     enrolled: bool,
     unproven: bool,
     slot: Option<u8>,
@@ -54,6 +55,7 @@ impl PodBuilder {
             labels: BTreeMap::from([("app".to_owned(), name.to_owned())]),
             annotations: BTreeMap::new(),
             serves: Vec::new(),
+            container: json!({"name": "app", "image": "lab"}),
             enrolled: true,
             unproven: false,
             slot: None,
@@ -85,6 +87,14 @@ impl PodBuilder {
     /// Servers of `lab-peer`, such as `echo:7000` or `who+mptcp:7001`.
     pub fn serves(mut self, servers: &[&str]) -> Self {
         self.serves.extend(servers.iter().map(|server| (*server).to_owned()));
+        self
+    }
+
+    /// A field of its container in its manifest, such as a probe.
+    pub fn container(mut self, field: &str, value: Value) -> Self {
+        if let Some(fields) = self.container.as_object_mut() {
+            fields.insert(field.to_owned(), value);
+        }
         self
     }
 
@@ -146,6 +156,7 @@ impl PodBuilder {
             netns,
             cgroup: folder,
             labels: self.labels,
+            container: self.container,
             annotations: Mutex::new(self.annotations),
             enrolled: Mutex::new(self.enrolled),
             processes: Mutex::new(Vec::new()),
@@ -189,6 +200,7 @@ pub struct Pod {
     netns: Netns,
     cgroup: PathBuf,
     labels: BTreeMap<String, String>,
+    container: Value,
     annotations: Mutex<BTreeMap<String, String>>,
     enrolled: Mutex<bool>,
     processes: Mutex<Vec<Process>>,
@@ -512,7 +524,7 @@ impl Pod {
             "spec": {
                 "nodeName": format!("node{}", self.node),
                 "serviceAccountName": self.service_account,
-                "containers": [{"name": "app", "image": "lab"}],
+                "containers": [self.container],
             },
             "status": {
                 "phase": "Running",

@@ -84,7 +84,7 @@ fn install(programs: &[Program]) -> Result<()> {
     let context = "this machine has no apt-get; install these programs by hand and start again";
     ensure!(show(&mut apt(&["update", "-qq"])).context(context)?.success(), "apt-get update failed");
     let mut args = vec!["install", "-y", "-qq", "--no-install-recommends"];
-    // The lab runs its own nginx, and of Prometheus only promtool: the packages must not start a service. SysV reads the
+    // The lab runs its own nginx and Prometheus: the packages must not start a service. SysV reads the
     // run level; systemd can't start a unit that was not unpacked.
     for option in [
         "Dpkg::Options::=--path-exclude=/lib/systemd/system/prometheus*",

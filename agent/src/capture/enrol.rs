@@ -217,6 +217,10 @@ fn hang(
             AttachError::Programs(detail) => CaptureError::Programs { pod: Arc::clone(&name), detail },
             AttachError::Link(source) => CaptureError::Pod { pod: Arc::clone(&name), step: Step::Link, source },
         })?;
+    let without_room = node.maps.set_probe_ports(workload, &spec.probes)?;
+    if without_room > 0 {
+        tracing::warn!(pod = %name, without_room, "the kernel's table of probe ports is full: the kubelet's probes of the others are plaintext");
+    }
     // Last: nobody takes the lane to a pod whose programs do not hang yet.
     node.maps.put_resident(workload, slot, &spec.addresses)?;
     if let Some((former, addresses)) = former.filter(|(former, _)| *former != workload) {

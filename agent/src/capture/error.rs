@@ -40,6 +40,8 @@ pub enum CaptureError {
     /// The other end refused or could not be reached; `source` says which.
     #[error("pod {pod}: connect to {destination}: {source}")]
     Connect { pod: Arc<str>, destination: SocketAddr, source: io::Error },
+    #[error("the kubelet's cgroup {}: {detail}", cgroup.display())]
+    Kubelet { cgroup: PathBuf, detail: String },
     #[error("probe: {0}")]
     Probe(#[source] io::Error),
     /// The runtime is shutting down.
@@ -107,6 +109,7 @@ impl CaptureError {
             Self::NotOwn { .. } => "not_own_address",
             Self::Socket { .. } => "socket",
             Self::Connect { .. } => "connect",
+            Self::Kubelet { .. } => "kubelet_programs",
             Self::Probe(_) => "probe",
             Self::ShuttingDown => "shutting_down",
         }

@@ -1,10 +1,10 @@
 //! The one door to capture: plain values in, plain values and sockets out.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     net::{IpAddr, SocketAddr},
     os::fd::OwnedFd,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, PoisonError},
 };
 
@@ -13,6 +13,7 @@ use super::{
     connect,
     enrol::{self, blocking},
     kernel,
+    kubelet,
     lane::Lane,
     load::{self, Object},
     maps::Maps,
@@ -43,6 +44,8 @@ pub struct PodSpec {
     pub addresses: Vec<IpAddr>,
     pub place: Place,
     pub when_unattended: Unattended,
+    /// Ports on which the kubelet's connections are let through.
+    pub probes: BTreeSet<u16>,
 }
 
 /// Sixteen random bytes that only the pod's true listener answers a probe with.
@@ -209,6 +212,26 @@ impl Handle {
         let (_, live) = self.node.live(uid)?;
         let place = &live.spec.place;
         Caller::start(&self.node.config.probe, &place.netns, &place.cgroup, to, say).await
+    }
+
+    /// Vouches for the connections of this cgroup's own tasks to probe ports from now on, in the place of an earlier cgroup. It
+    /// goes on without this process.
+    pub async fn attest_kubelet(&self, cgroup: &Path) -> Result<(), CaptureError> {
+        let (node, cgroup) = (Arc::clone(&self.node), cgroup.to_owned());
+        blocking(move || kubelet::attach(&node, &cgroup)).await
+    }
+
+    /// Vouches for nobody's any more. Whether it did.
+    pub async fn forget_kubelet(&self) -> Result<bool, CaptureError> {
+        let node = Arc::clone(&self.node);
+        blocking(move || kubelet::release(&node)).await
+    }
+
+    /// Id of the cgroup whose connections are vouched for, read back from the kernel; `None` where it is none's, or that cgroup is
+    /// gone.
+    pub async fn attested_kubelet(&self) -> Result<Option<u64>, CaptureError> {
+        let node = Arc::clone(&self.node);
+        blocking(move || kubelet::attached(&node)).await
     }
 
     /// Every pod that was attached or should have been, in no order. A few system calls per pod.

@@ -16,7 +16,7 @@ use std::{
 };
 
 use aya::{
-    EbpfLoader,
+    EbpfLoader, GlobalData,
     maps::MapInfo,
     programs::{Program, ProgramError},
 };
@@ -98,9 +98,8 @@ struct PodPlace {
     offset: usize,
 }
 
-struct Instance {
-    programs: [(OwnedFd, ProgramInfo); PROGRAMS.len()],
-}
+/// Loaded programs, in the order in which they were asked for.
+pub type Instance<const COUNT: usize> = [(OwnedFd, ProgramInfo); COUNT];
 
 /// A pod of nobody, recognisable in the read-only data.
 const NOBODY: Pod = Pod {
@@ -115,7 +114,7 @@ impl Object {
     /// Loads the programs once, without attaching them: makes the pinned maps where absent, and learns what an instance
     /// looks like. The id is of a program that lives as long as the descriptor.
     pub fn open(maps: &Path) -> Result<(Self, OwnedFd, u32), String> {
-        let Instance { programs } = instance(maps, &NOBODY)?;
+        let programs = pods_instance(maps, &NOBODY)?;
         let known = programs.each_ref().map(|(_, info)| info.clone());
         let [lookup, ..] = programs;
         let (length, data) = read_only_data(&lookup.1)?.ok_or("the look-up program has no read-only data")?;
@@ -179,9 +178,9 @@ impl Object {
             return Ok((ids, How::Adopted));
         }
         let replaced = found.iter().any(Option::is_some);
-        let instance = instance(&self.maps, pod).map_err(AttachError::Programs)?;
+        let programs = pods_instance(&self.maps, pod).map_err(AttachError::Programs)?;
         for ((slot, (name, hook)), ((program, info), id)) in
-            found.into_iter().zip(PROGRAMS).zip(instance.programs.iter().zip(&mut ids))
+            found.into_iter().zip(PROGRAMS).zip(programs.iter().zip(&mut ids))
         {
             let at = folder.join(name);
             if let Some((link, old)) = &slot
@@ -195,11 +194,8 @@ impl Object {
                 Hook::Lookup => kernel::link(program, netns, hook),
                 _ => kernel::link(program, cgroup, hook),
             }?;
-            let next = folder.join(format!("{name}-next"));
-            pin::remove_if_there(&next)?;
-            kernel::pin(&link, &next)?;
             // The old link goes with its name and with `slot`.
-            std::fs::rename(&next, &at)?;
+            pin_over(&link, &at)?;
             *id = info.id;
         }
         Ok((ids, if replaced { How::Replaced } else { How::Attached }))
@@ -265,7 +261,17 @@ pub fn attached(folder: &Path, netns: u64, cgroup: u64) -> io::Result<Vec<Attach
     Ok(found)
 }
 
-fn hangs(info: &LinkInfo, hook: Hook, netns: u64, cgroup: u64) -> bool {
+/// Pins a link under a name that another one may have, which then has none.
+pub fn pin_over(link: &OwnedFd, at: &Path) -> io::Result<()> {
+    let mut next = at.as_os_str().to_owned();
+    next.push("-next");
+    let next = Path::new(&next);
+    pin::remove_if_there(next)?;
+    kernel::pin(link, next)?;
+    std::fs::rename(next, at)
+}
+
+pub fn hangs(info: &LinkInfo, hook: Hook, netns: u64, cgroup: u64) -> bool {
     let target = match hook {
         Hook::Lookup => Target::Netns(netns),
         _ => Target::Cgroup(cgroup),
@@ -273,7 +279,7 @@ fn hangs(info: &LinkInfo, hook: Hook, netns: u64, cgroup: u64) -> bool {
     info.attach_type == hook as u32 && info.target == target
 }
 
-fn existing(at: &Path) -> io::Result<Option<(OwnedFd, LinkInfo)>> {
+pub fn existing(at: &Path) -> io::Result<Option<(OwnedFd, LinkInfo)>> {
     match kernel::open_pin(at) {
         Ok(link) => {
             let info = kernel::link_info(&link)?;
@@ -284,14 +290,23 @@ fn existing(at: &Path) -> io::Result<Option<(OwnedFd, LinkInfo)>> {
     }
 }
 
-fn instance(folder: &Path, pod: &Pod) -> Result<Instance, String> {
+fn pods_instance(maps: &Path, pod: &Pod) -> Result<Instance<{ PROGRAMS.len() }>, String> {
+    instance(maps, (globals::POD, pod.into()), PROGRAMS)
+}
+
+/// Loads some of the programs, with one of their read-only globals, over the pinned maps of `folder`.
+pub fn instance<const COUNT: usize>(
+    folder: &Path,
+    (global, value): (&str, GlobalData<'_>),
+    wanted: [(&'static str, Hook); COUNT],
+) -> Result<Instance<COUNT>, String> {
     let mut ebpf = EbpfLoader::new()
         // The programs have no CO-RE relocations, so the kernel's types are not needed.
         .btf(None)
         .default_map_pin_directory(folder)
         .map_pin_path(maps::LOGS, folder.join(maps::LOGS))
         .map_pin_path(maps::ASKED, folder.join(maps::ASKED))
-        .override_global(globals::POD, pod, true)
+        .override_global(global, value, true)
         .load(OBJECT)
         .map_err(|error| chain(&error))?;
     let mut load = |name: &str| -> Result<(OwnedFd, ProgramInfo), String> {
@@ -308,8 +323,8 @@ fn instance(folder: &Path, pod: &Pod) -> Result<Instance, String> {
         let info = kernel::program_info(&fd).map_err(|error| format!("program {name}: {error}"))?;
         Ok((fd, info))
     };
-    let programs: Vec<_> = PROGRAMS.iter().map(|(name, _)| load(name)).collect::<Result<_, _>>()?;
-    Ok(Instance { programs: programs.try_into().map_err(|_| "a program is missing".to_owned())? })
+    let programs: Vec<_> = wanted.iter().map(|(name, _)| load(name)).collect::<Result<_, _>>()?;
+    programs.try_into().map_err(|_| "a program is missing".to_owned())
 }
 
 /// Size and content of a program's read-only data.

@@ -14,8 +14,8 @@ use std::{
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf};
 use heddle_common::{
-    Address, Attestation, Destination, LocalEndpoints, Pair, PodCounts, PodGate, Resident, ServicePort, Tuple, Verdict,
-    attested_by, maps,
+    Address, Attestation, Destination, LocalEndpoints, Pair, PodCounts, PodGate, ProbePort, Resident, ServicePort, Tuple,
+    Verdict, attested_by, maps,
 };
 
 use super::{CaptureError, WorkloadId, kernel};
@@ -24,6 +24,7 @@ pub struct Maps {
     residents: Mutex<HashMap<MapData, Address, Resident>>,
     verdicts: Mutex<HashMap<MapData, Pair, Verdict>>,
     denials: Mutex<PerCpuArray<MapData, u64>>,
+    probe_ports: Mutex<HashMap<MapData, ProbePort, u32>>,
     pub services: Mutex<HashMap<MapData, ServicePort, LocalEndpoints>>,
     /// Where they are pinned.
     folder: PathBuf,
@@ -60,15 +61,18 @@ impl Maps {
         let verdicts = open(maps::VERDICTS)?;
         let denials = open(maps::DENIALS)?;
         let services = open(maps::SERVICES)?;
+        let probe_ports = open(maps::PROBE_PORTS)?;
         open(maps::EVENTS)?;
         open(maps::ASKED)?;
         open(maps::ADMITTED)?;
         open(maps::LOOKED)?;
+        open(maps::PROBING)?;
         Ok(Self {
             residents: Mutex::new(typed(maps::RESIDENTS, residents)?),
             verdicts: Mutex::new(typed(maps::VERDICTS, verdicts)?),
             denials: Mutex::new(typed(maps::DENIALS, denials)?),
             services: Mutex::new(typed(maps::SERVICES, services)?),
+            probe_ports: Mutex::new(typed(maps::PROBE_PORTS, probe_ports)?),
             folder: folder.to_owned(),
             destinations: Mutex::new(typed(maps::DESTINATIONS, destinations)?),
             attested: Mutex::new(typed(maps::ATTESTED, attested)?),
@@ -182,14 +186,44 @@ impl Maps {
         Ok(())
     }
 
-    /// Removes what the kernel lane knows of a pod that is gone: verdicts, and connections that its programs tell nothing of
-    /// any more.
+    /// Makes the ports that the kubelet may probe of a pod exactly these. Gives how many found no room.
+    pub fn set_probe_ports(&self, workload: WorkloadId, wanted: &BTreeSet<u16>) -> Result<usize, CaptureError> {
+        let mut ports = self.probe_ports.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = BTreeSet::new();
+        for port in ports.keys() {
+            let port = port.map_err(failed(maps::PROBE_PORTS))?;
+            if port.workload == workload.0 {
+                known.insert(port.port);
+            }
+        }
+        for port in known.difference(wanted) {
+            ignore_absent(ports.remove(&ProbePort::new(workload.0, *port))).map_err(failed(maps::PROBE_PORTS))?;
+        }
+        let mut without_room = 0;
+        for port in wanted.difference(&known) {
+            match ports.insert(ProbePort::new(workload.0, *port), 1, 0) {
+                Ok(()) => {}
+                Err(error) if os_error(&error) == Some(libc::E2BIG) => without_room += 1,
+                Err(error) => return Err(failed(maps::PROBE_PORTS)(error)),
+            }
+        }
+        Ok(without_room)
+    }
+
+    /// Removes what the kernel knows of a pod that is gone: probe ports, verdicts, and connections that its programs tell nothing
+    /// of any more.
     pub fn forget(&self, workload: WorkloadId) -> Result<(), CaptureError> {
+        self.set_probe_ports(workload, &BTreeSet::new())?;
         let of = |one: u64, other: u64| one == workload.0 || other == workload.0;
         for (pair, _) in self.verdicts()?.iter().filter(|(pair, _)| of(pair.source, pair.destination)) {
             self.remove_verdict(pair)?;
         }
-        self.sweep_attested(|by| by.by == attested_by::KERNEL && of(by.source, by.destination)).map(drop)
+        let its = |by: &Attestation| match by.by {
+            attested_by::KERNEL => of(by.source, by.destination),
+            attested_by::KUBELET => by.destination == workload.0,
+            _ => false,
+        };
+        self.sweep_attested(its).map(drop)
     }
 
     /// Every verdict.
@@ -334,6 +368,7 @@ fn add(sum: PodCounts, one: &PodCounts) -> PodCounts {
         lane_missed: sum.lane_missed.wrapping_add(one.lane_missed),
         lane_full: sum.lane_full.wrapping_add(one.lane_full),
         events_lost: sum.events_lost.wrapping_add(one.events_lost),
+        probes: sum.probes.wrapping_add(one.probes),
     }
 }
 

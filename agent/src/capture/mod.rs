@@ -15,6 +15,7 @@ mod error;
 pub(crate) mod fuzzing;
 mod handle;
 mod kernel;
+mod kubelet;
 mod lane;
 pub mod leftovers;
 mod load;

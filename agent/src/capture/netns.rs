@@ -29,6 +29,11 @@ impl Home {
         let inode = file.metadata()?.ino();
         Ok(Self(Arc::new(file.into()), inode))
     }
+
+    /// As [`Netns::cookie`]. To be called where [`Home::here`] was.
+    pub fn cookie(&self) -> io::Result<u64> {
+        cookie(&Socket::new(Domain::UNIX, Type::DGRAM.cloexec(), None)?)
+    }
 }
 
 /// A pod's netns, kept alive by this value.
@@ -69,20 +74,7 @@ impl Netns {
     /// # Errors
     /// `ENOPROTOOPT` before Linux 5.14.
     pub fn cookie(&self) -> io::Result<u64> {
-        let socket = self.within(|| Socket::new(Domain::UNIX, Type::DGRAM.cloexec(), None))?;
-        let mut cookie = 0_u64;
-        let mut length = size_of::<u64>() as libc::socklen_t;
-        // SAFETY: the kernel writes at most `length` bytes to `cookie`; both outlive the call, and the descriptor is the socket's.
-        let result = unsafe {
-            libc::getsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_NETNS_COOKIE,
-                (&raw mut cookie).cast(),
-                &raw mut length,
-            )
-        };
-        if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+        cookie(&self.within(|| Socket::new(Domain::UNIX, Type::DGRAM.cloexec(), None))?)
     }
 
     /// Does `work` inside the netns, on this thread. `work` must be short: it may run on a worker of the runtime.
@@ -106,6 +98,23 @@ impl AsFd for Netns {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// That of the netns which the socket belongs to.
+fn cookie(socket: &Socket) -> io::Result<u64> {
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `cookie`; both outlive the call, and the descriptor is the socket's.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Moves the calling thread into a netns for good: for a process that exists for one probe.

@@ -1,4 +1,5 @@
-//! What outlives the agent, in bpffs: `<folder>/v<layout version>/{maps/<NAME>, pods/<uid>/{<program>,…,record}}`.
+//! What outlives the agent, in bpffs: `<folder>/v<layout version>/{maps/<NAME>, pods/<uid>/{<program>,…,record},
+//! kubelet/<program>}`.
 //!
 //! The record says what a later agent must know of a pod to adopt it or to clean up after it. It is the target of a symbolic
 //! link, as bpffs holds no other text. Only this module knows paths; nothing here touches a pod. A record is a hint for
@@ -71,6 +72,12 @@ impl Pins {
     #[must_use]
     pub fn maps(&self) -> PathBuf {
         self.version.join("maps")
+    }
+
+    /// Folder of the links on the kubelet's cgroup; it may be absent.
+    #[must_use]
+    pub fn kubelet(&self) -> PathBuf {
+        self.version.join("kubelet")
     }
 
     /// Folder of a pod, made if absent.

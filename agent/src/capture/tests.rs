@@ -4,6 +4,7 @@
 mod adoption;
 mod destroy;
 mod inbound;
+mod kubelet;
 mod lane;
 mod netns;
 mod node;

@@ -64,6 +64,10 @@ pub(super) fn text(status: &Status) -> String {
     for PathLine { from, to, reason, detail } in &status.unproven_paths {
         text.push_str(&format!("no lane from {from} to {to}: {reason}: {}\n", plain(detail)));
     }
+    if status.kubelet.state == "unattested" {
+        let (reason, detail) = (&status.kubelet.reason, plain(&status.kubelet.detail));
+        text.push_str(&format!("probes of the kubelet are not let through: {reason}: {detail}\n"));
+    }
     for (what, problems) in [
         ("manifest", &status.manifest_problems),
         ("policy", &status.policy_problems),

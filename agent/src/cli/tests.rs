@@ -8,7 +8,7 @@ use super::{
     uninstall,
 };
 use crate::life::{
-    admin::{CertificateLine, ConnectionLine, IssuerLine, PathLine, PodLine, Status, Trust, TrustProblemLine},
+    admin::{CertificateLine, ConnectionLine, IssuerLine, KubeletLine, PathLine, PodLine, Status, Trust, TrustProblemLine},
     config::EXIT_USAGE,
 };
 
@@ -77,6 +77,12 @@ fn status_names_each_pod_its_reason_and_the_totals() {
             reason: "rewritten".into(),
             detail: "the source was 10.0.0.9".into(),
         }],
+        kubelet: KubeletLine {
+            state: "unattested".into(),
+            reason: "no_kubelet".into(),
+            detail: "there is none".into(),
+            ..KubeletLine::default()
+        },
         manifest_problems: vec!["a.yaml: broken".into()],
         ..Status::default()
     };
@@ -89,6 +95,7 @@ fn status_names_each_pod_its_reason_and_the_totals() {
          \n\
          2 of 3 enrolled pods captured on node node-1 (heddle 0.1.0, ready)\n\
          no lane from shop/web-0 to shop/api-0: rewritten: the source was 10.0.0.9\n\
+         probes of the kubelet are not let through: no_kubelet: there is none\n\
          manifest problem: a.yaml: broken\n"
     );
     assert!(!status::all_captured(&answer));
@@ -261,12 +268,13 @@ fn the_json_of_what_the_agent_answers_is_stable() {
     let table = [
         (
             serde_json::to_value(Status::default()).unwrap(),
-            "manifest_problems node pods policy_problems ready trust_problems unproven_paths version waiting_for",
+            "kubelet manifest_problems node pods policy_problems ready trust_problems unproven_paths version waiting_for",
         ),
         (
             serde_json::to_value(PodLine::default()).unwrap(),
             "counters detail lane lane_detail lane_reason name namespace reason state uid",
         ),
+        (serde_json::to_value(KubeletLine::default()).unwrap(), "cgroup detail reason state"),
         (serde_json::to_value(PathLine::default()).unwrap(), "detail from reason to"),
         (
             serde_json::to_value(ConnectionLine::default()).unwrap(),

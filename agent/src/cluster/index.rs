@@ -17,7 +17,7 @@ use k8s_openapi::{
 use super::{
     AnnotatedPlaces, Locality, Objects, Place, Places, PolicyGap, SameNode, Snapshot, Unattended, Warning, Workload,
     enrolment::{self, Wish},
-    naming, services,
+    naming, probes, scrape, services,
 };
 
 /// Annotation on a pod: `open` or `closed`.
@@ -297,7 +297,6 @@ fn workload(
         service_account: non_empty(spec.and_then(|spec| spec.service_account_name.as_ref()))
             .map_or_else(|| "default".into(), Arc::from),
         node: non_empty(spec.and_then(|spec| spec.node_name.as_ref())).unwrap_or_default().into(),
-        addresses,
         labels: pod.metadata.labels.clone().unwrap_or_default(),
         enrolled: enrolment::enrolled(pod, namespace.and_then(|namespace| namespace.labels.as_ref())),
         host_network: enrolment::host_network(pod),
@@ -307,6 +306,9 @@ fn workload(
         same_node: same_node_of(pod, namespace, same_node, warnings),
         naming: naming::name(pod),
         place,
+        probes: probes::ports(pod, &addresses),
+        metrics: scrape::target(pod, warnings),
+        addresses,
     })
 }
 

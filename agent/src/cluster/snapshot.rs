@@ -4,7 +4,7 @@
 //! see it change. It holds no secret and refers to nothing outside itself.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     path::PathBuf,
     sync::Arc,
@@ -186,6 +186,18 @@ pub struct Workload {
     pub naming: Naming,
     /// Where the node keeps the pod, as far as a manifest can say it.
     pub place: Option<Place>,
+    /// Ports that the kubelet connects to by the pod's spec.
+    pub probes: BTreeSet<u16>,
+    /// How its own metrics are scraped; `None` where its annotations don't ask for it.
+    pub metrics: Option<ScrapeTarget>,
+}
+
+/// Where a pod serves its metrics, over plain HTTP.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScrapeTarget {
+    pub port: u16,
+    /// With its leading slash, and a query where the annotation has one.
+    pub path: Arc<str>,
 }
 
 #[cfg(test)]
@@ -208,6 +220,8 @@ impl Workload {
             same_node: SameNode::Kernel,
             naming: Naming::default(),
             place: None,
+            probes: BTreeSet::new(),
+            metrics: None,
         }
     }
 }

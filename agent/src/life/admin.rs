@@ -35,7 +35,7 @@ use super::{
 };
 use crate::{
     policy::{Explained, Permit, Question, QuestionError, Request, Rulebook, decide},
-    telemetry::{LaneConnection, PodReport, direction_name, named, security_name},
+    telemetry::{KubeletReport, LaneConnection, PodReport, direction_name, named, security_name},
     tunnel::{Connection, Direction, Flow},
 };
 
@@ -57,6 +57,9 @@ pub struct Status {
     /// Pairs of pods whose connections go through the agent, because nobody can show that packets go straight from one to the other.
     #[serde(default)]
     pub unproven_paths: Vec<PathLine>,
+    /// Whose probes are let through.
+    #[serde(default)]
+    pub kubelet: KubeletLine,
     /// Manifest objects that are not in force as written.
     pub manifest_problems: Vec<String>,
     /// Policies that are not enforced as written.
@@ -64,6 +67,26 @@ pub struct Status {
     /// What is wrong with the trust bundle and the revocation lists.
     #[serde(default)]
     pub trust_problems: Vec<String>,
+}
+
+/// The kubelet, whose connections to probe ports are let through.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KubeletLine {
+    /// `attested`, or `unattested`: then its probes are plaintext as any other.
+    pub state: String,
+    /// Its cgroup; empty when it is not attested.
+    pub cgroup: String,
+    /// Why it is not, stable; empty when it is.
+    pub reason: String,
+    pub detail: String,
+}
+
+impl From<KubeletReport> for KubeletLine {
+    fn from(report: KubeletReport) -> Self {
+        let state = if report.reason.is_empty() { "attested" } else { "unattested" };
+        let KubeletReport { cgroup, reason, detail } = report;
+        Self { state: state.to_owned(), cgroup, reason: reason.to_owned(), detail }
+    }
 }
 
 /// One enrolled pod of the node.

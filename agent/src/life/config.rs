@@ -109,6 +109,9 @@ pub struct Raw {
     /// Folder for pins in a bpffs; made, and the bpffs mounted, if absent.
     #[arg(long, env = "HEDDLE_BPFFS", default_value = BPFFS, value_name = "DIR")]
     pub bpffs: PathBuf,
+    /// The kubelet's cgroup, a folder of cgroup v2 [default: that of the process called kubelet].
+    #[arg(long, env = "HEDDLE_KUBELET_CGROUP", value_name = "DIR")]
+    pub kubelet_cgroup: Option<PathBuf>,
     /// Unix socket that `heddle status` and its like ask.
     #[arg(long, env = "HEDDLE_ADMIN_SOCKET", default_value = ADMIN_SOCKET, value_name = "FILE")]
     pub admin_socket: PathBuf,
@@ -184,6 +187,8 @@ pub struct Config {
     pub ca_headers: Vec<CaHeader>,
     pub certificate_lifetime: Duration,
     pub bpffs: PathBuf,
+    /// `None` looks for it.
+    pub kubelet_cgroup: Option<PathBuf>,
     pub admin_socket: PathBuf,
     pub metrics_listen: SocketAddr,
     pub readiness_listen: SocketAddr,
@@ -260,6 +265,12 @@ impl Raw {
             ca_headers: self.ca_header.iter().map(|text| ca_header(text)).collect::<Result<_, _>>()?,
             certificate_lifetime: lifetime("--certificate-lifetime", &self.certificate_lifetime)?,
             bpffs: absolute("--bpffs", self.bpffs, "give an absolute path such as /sys/fs/bpf/heddle")?,
+            kubelet_cgroup: self
+                .kubelet_cgroup
+                .map(|path| {
+                    absolute("--kubelet-cgroup", path, "give a path such as /sys/fs/cgroup/system.slice/kubelet.service")
+                })
+                .transpose()?,
             admin_socket: socket("--admin-socket", self.admin_socket)?,
             metrics_listen: listen("--metrics-listen", &self.metrics_listen)?,
             readiness_listen: listen("--readiness-listen", &self.readiness_listen)?,

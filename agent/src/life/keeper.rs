@@ -405,6 +405,7 @@ fn spec(pod: &Workload) -> Result<PodSpec, (&'static str, &'static str)> {
         addresses: pod.addresses.clone(),
         place,
         when_unattended: pod.when_unattended,
+        probes: pod.probes.clone(),
     })
 }
 

@@ -165,6 +165,9 @@ pub const PROVE_INTERVAL: Duration = Duration::from_secs(30);
 
 // capture
 
+/// How often it is looked whether the kubelet is where it was (duration): for so long the probes of one that was started again in
+/// a new cgroup are refused, and its shortest period is a second.
+pub const KUBELET_LOOK: Duration = Duration::from_secs(1);
 /// What starting the process of an outbound probe may take on top of [`PROBE`] (duration): a busy node starts it late.
 pub const PROBE_START: Duration = Duration::from_secs(2);
 /// One `heddle proof` in all (duration): what a connection may wait for, but no longer than an operator waits.
@@ -191,6 +194,26 @@ pub const SOCK_DIAG_ANSWER: usize = 4 << 10;
 
 // cluster
 
+/// Longest path that a pod's annotation asks its metrics of (bytes).
+pub const SCRAPE_PATH: usize = 1 << 10;
+/// What one pod may answer a scrape with: bytes, samples, labels of a sample, and the head of its answer (bytes). Large apps have
+/// some thousand samples of 100 bytes.
+pub const SCRAPE_BYTES_PER_POD: usize = 4 << 20;
+pub const SCRAPE_SAMPLES_PER_POD: usize = 20_000;
+pub const SCRAPE_LABELS: usize = 64;
+pub const SCRAPE_HEAD: usize = 64 << 10;
+/// What all pods of a node may in one scrape (bytes, samples): it is held in memory, twice for a moment.
+pub const SCRAPE_BYTES: usize = 32 << 20;
+pub const SCRAPE_SAMPLES: usize = 200_000;
+/// Scrapes of all pods that are answered at a time (requests): those of two Prometheus servers. Others are told to come again.
+pub const SCRAPES: usize = 2;
+/// Pods of one scrape that are asked at a time (pods): each is a socket.
+pub const SCRAPES_AT_A_TIME: usize = 64;
+/// How long a scrape may take where Prometheus does not say, and at most (duration): less than [`ADMIN_CONNECTION`]. Of what it says,
+/// this share.
+pub const SCRAPE_DEFAULT: Duration = Duration::from_secs(10);
+pub const SCRAPE_MAX: Duration = Duration::from_secs(12);
+pub const SCRAPE_SHARE: f64 = 0.9;
 /// Nesting and nodes of one YAML document (levels, nodes), aliases expanded: a full file of pods has some 250,000 nodes.
 pub const MANIFEST_DEPTH: usize = 64;
 pub const MANIFEST_NODES: usize = 1_000_000;
@@ -540,3 +563,18 @@ pub const LANE_PATH_RETRY_MAX: Duration = Duration::from_secs(60);
 pub const LANE_POLL: Duration = Duration::from_secs(1);
 /// How long closing the lane's connections may take (duration): thousands take milliseconds.
 pub const LANE_DESTROY: Duration = Duration::from_secs(5);
+/// How often it is looked whether there is something to tell the API server of the node (duration), and one call to it.
+pub const NODE_LOOK: Duration = Duration::from_secs(1);
+pub const NODE_CALL: Duration = Duration::from_secs(5);
+/// How long the agent is not ready before its node's taint is put on again (duration), where that is asked for, and how often a ready
+/// agent looks whether somebody else put it on.
+pub const NODE_TAINT_AFTER: Duration = Duration::from_secs(10);
+pub const NODE_TAINT_LOOK: Duration = Duration::from_secs(300);
+/// How long a pod is uncaptured before an event says so (duration): those that start are, for a moment. The same reason is told again
+/// after the second.
+pub const EVENT_AFTER: Duration = Duration::from_secs(10);
+pub const EVENT_AGAIN: Duration = Duration::from_secs(600);
+/// Events on pods of a node (events): what clients of Kubernetes allow themselves at once, and a steady trickle.
+pub const EVENTS: Rate = Rate { per_second: 1, burst: 25 };
+/// Longest note of an event (bytes), as the API server has it.
+pub const EVENT_NOTE: usize = 1_024;

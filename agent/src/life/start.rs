@@ -25,11 +25,12 @@ use super::{
     enrol::{Enrolment, Journey},
     http,
     keeper::Pods,
+    kubelet::{self, Kubelet},
     lane::{Lane, Told},
     limits,
     proof::Prover,
     readiness::{self, Blocker, Readiness},
-    records,
+    records, scrape,
 };
 use crate::{
     capture::{
@@ -228,10 +229,11 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
         node: Arc::clone(&config.node),
     };
     crl::watch(&context.certificates, &context.registry);
-    let pods = Pods::default();
+    let (pods, kubelet) = (Pods::default(), Kubelet::default());
     let known = Known {
         context: context.clone(),
         pods: pods.clone(),
+        kubelet: kubelet.clone(),
         problems: source.problems(),
         readiness: readiness.clone(),
         telemetry: Arc::clone(&telemetry),
@@ -240,7 +242,7 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
     };
     tokio::spawn(http::serve(
         metrics,
-        metrics_router(Arc::clone(&telemetry), known.sources()),
+        metrics_router(Arc::clone(&telemetry), known.sources()).merge(scrape::router(&context)),
         |_| true,
         serving.clone(),
     ));
@@ -255,6 +257,7 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
     let journey = Journey { tunnel: context.clone(), lane };
     let enrolment = Enrolment::new(journey, Arc::clone(&config.node), pods, enrolling, stop.clone());
     let enrolment = tokio::spawn(enrolment.run(view.clone()));
+    tokio::spawn(kubelet::follow(context.capture.clone(), config.kubelet_cgroup.clone(), kubelet, stop.clone()));
     tokio::spawn(first_certificate(context.certificates.clone(), readiness.clone(), certifying));
     let (certificates, registry) = (context.certificates.clone(), context.registry.clone());
     tokio::spawn(crl::follow(certificates, registry, readiness.clone(), revoking, stop.clone()));
@@ -367,6 +370,7 @@ impl Terminate {
 struct Known {
     context: Context,
     pods: Pods,
+    kubelet: Kubelet,
     problems: tokio::sync::watch::Receiver<Arc<[cluster::Problem]>>,
     readiness: Readiness,
     telemetry: Arc<Telemetry>,
@@ -393,7 +397,9 @@ impl Known {
         let decisions = self.lane.clone();
         let (pods, problems) = (self.pods.clone(), self.problems.clone());
         let (repaired, cni) = (self.pods.clone(), self.cni.clone());
+        let kubelet = self.kubelet.clone();
         Sources {
+            kubelet: Box::new(move || kubelet.report()),
             live: Box::new(move || live.registry.live()),
             lane: Box::new(move || records::table(&lane)),
             lane_lost: Box::new(move || lost.events_lost()),
@@ -472,6 +478,7 @@ impl Known {
                     pods,
                     repairs: self.pods.repairs(),
                     cni_problem: self.cni.problem().map(|(reason, detail)| format!("{reason}: {detail}")),
+                    kubelet: self.kubelet.report().into(),
                     unproven_paths: lane.paths.iter().map(PathLine::from).collect(),
                     manifest_problems: self
                         .problems

@@ -17,6 +17,7 @@ use prometheus::{
 use super::{
     certificates::{self, IdentityReport},
     families::{as_f64, counter, family, gauge, label},
+    kubelet::{self, KubeletReport},
     lane::{Health, LaneTable},
     pods::{PodReport, named},
     pressure, process, revocation,
@@ -42,6 +43,8 @@ pub struct Sources {
     /// What the kernel lane's decisions come to.
     pub verdicts: Box<dyn Fn() -> VerdictCounts + Send + Sync>,
     pub pods: Box<dyn Fn() -> Vec<PodReport> + Send + Sync>,
+    /// Whether the kubelet's probes are let through.
+    pub kubelet: Box<dyn Fn() -> KubeletReport + Send + Sync>,
     /// Certificates, roots and calls to the CA.
     pub identity: Box<dyn Fn() -> IdentityReport + Send + Sync>,
     /// What is wrong with what peers are verified with, and what revocation ended.
@@ -191,6 +194,7 @@ impl Metrics {
         let pods = (sources.pods)();
         families.extend(pressure::families(&sources.budget.pressure(), &pods));
         families.extend(pod_families(&pods));
+        families.extend(kubelet::families(&(sources.kubelet)(), &pods));
         families.extend(self.open_families());
         families.extend(self.tunnels.families(&sources.pool));
         families.extend(self.lane.lost((sources.lane_lost)()));

@@ -5,6 +5,7 @@
 mod access_log;
 mod certificates;
 mod families;
+mod kubelet;
 mod labels;
 mod lane;
 mod metrics;
@@ -12,6 +13,7 @@ mod pods;
 mod pressure;
 mod process;
 mod revocation;
+pub(crate) mod scrape;
 mod spans;
 mod suppress;
 #[cfg(test)]
@@ -29,9 +31,11 @@ use std::{
 
 pub use access_log::{AccessLog, Destination, Format, Record, response_flags};
 pub use certificates::IdentityReport;
+pub use kubelet::KubeletReport;
 pub use lane::{Around, Lane, LaneConnection, LaneTable};
 pub use metrics::{Sources, direction_name, seconds_until, security_name};
 pub use pods::{PodReport, named};
+pub use scrape::{SCRAPE_TIMEOUT, ScrapeError, ScrapedPod, Scraper, patience, scraped_pods};
 pub use spans::{Export, Exporting};
 pub use verdicts::VerdictCounts;
 

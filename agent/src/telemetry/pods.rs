@@ -46,7 +46,7 @@ impl PodReport {
 
 /// The kernel's counters by name.
 #[must_use]
-pub fn named(counts: &PodCounts) -> [(&'static str, u64); 14] {
+pub fn named(counts: &PodCounts) -> [(&'static str, u64); 15] {
     [
         ("marked", counts.marked),
         ("unmarkable", counts.unmarkable),
@@ -62,5 +62,6 @@ pub fn named(counts: &PodCounts) -> [(&'static str, u64); 14] {
         ("lane_missed", counts.lane_missed),
         ("lane_full", counts.lane_full),
         ("lane_events_lost", counts.events_lost),
+        ("kubelet_probes", counts.probes),
     ]
 }

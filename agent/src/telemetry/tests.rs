@@ -138,6 +138,7 @@ pub(super) fn sources(live: Vec<Arc<Connection>>) -> Sources {
             let place_unknown = PodState::Uncaptured { reason: "place_unknown", detail: "nobody knows".to_owned() };
             vec![pod("one", PodState::Captured), pod("two", place_unknown)]
         }),
+        kubelet: Box::new(super::KubeletReport::default),
         identity: Box::new(identity),
         trust: Box::new(TrustReport::default),
         sessions: Arc::default(),

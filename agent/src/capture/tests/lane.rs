@@ -18,8 +18,8 @@ use socket2::{Domain, Socket, Type};
 use super::world::{OUT4, OUT6, POD4, POD6, SERVICE4, SERVICE6, SOON, World, beside, can_run, next, serve};
 use crate::capture::{maps::key, *};
 
-const PORT: u16 = 7_000;
-const ANSWER: usize = 50_000;
+pub const PORT: u16 = 7_000;
+pub const ANSWER: usize = 50_000;
 
 /// Two pods: that of the [`World`] connects, its neighbour answers.
 struct Pair2 {
@@ -114,10 +114,10 @@ struct Said {
 }
 
 /// An app in the far pod: reads all, answers, closes.
-struct App(Child);
+pub struct App(Child);
 
 impl App {
-    fn start(netns: &str, cgroup: &Path) -> Self {
+    pub fn start(netns: &str, cgroup: &Path) -> Self {
         let mut child = role("app", netns, cgroup).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         assert!(lines.any(|line| line.unwrap() == "READY"));
@@ -125,13 +125,13 @@ impl App {
         Self(child)
     }
 
-    fn end(&mut self) {
+    pub fn end(&mut self) {
         let _ended = self.0.kill();
         let _ended = self.0.wait();
     }
 }
 
-fn role(role: &str, netns: &str, cgroup: &Path) -> Command {
+pub fn role(role: &str, netns: &str, cgroup: &Path) -> Command {
     let test = format!("{}::a_process_of_a_pod", module_path!().split_once("::").unwrap().1);
     let mut command = Command::new(env::current_exe().unwrap());
     command.args(["--exact", &test, "--nocapture"]).env("HC_ROLE", role);

@@ -125,6 +125,7 @@ impl Node {
                 ..Place::default()
             },
             when_unattended: Unattended::Closed,
+            probes: std::collections::BTreeSet::new(),
         }
     }
 

@@ -117,6 +117,7 @@ impl World {
                 ..Place::default()
             },
             when_unattended: Unattended::Closed,
+            probes: std::collections::BTreeSet::new(),
         }
     }
 

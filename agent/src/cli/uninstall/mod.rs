@@ -130,6 +130,7 @@ fn pods(bpffs: &Path) -> anyhow::Result<()> {
     let gone = runtime.block_on(async {
         let config = CaptureConfig { bpffs: bpffs.to_owned(), probe: ProbeCommand::default() };
         let capture = Handle::start(config).await.context("can't open the pins")?;
+        capture.forget_kubelet().await.context("can't take the programs off the kubelet's cgroup")?;
         capture.reap(&HashSet::new()).await.context("can't withdraw every pod")
     })?;
     drop(runtime);

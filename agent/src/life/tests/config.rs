@@ -51,6 +51,7 @@ fn a_value_that_cannot_work_is_refused_with_its_flag_and_the_fix() {
     let long = format!("/{}", "x".repeat(97));
     for (flag, value) in [
         ("--node", " "),
+        ("--kubelet-cgroup", "kubelet.service"),
         ("--manifests", "/does/not/exist"),
         ("--manifests", "/proc/self/status"),
         ("--trust-domain", "Not A Domain"),
