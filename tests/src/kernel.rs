@@ -167,8 +167,9 @@ pub fn programs_on(cgroup: &Path) -> Result<usize> {
     let output = std::process::Command::new("bpftool").args(["-j", "cgroup", "show"]).arg(cgroup).output()?;
     ensure!(output.status.success(), "bpftool: {output:?}");
     // Of none it says nothing.
-    let text = if output.stdout.is_empty() { b"[]".to_vec() } else { output.stdout };
-    let listed: Vec<serde_json::Value> = serde_json::from_slice(&text).context("bpftool's answer")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let text = if text.trim().is_empty() { "[]" } else { text.trim() };
+    let listed: Vec<serde_json::Value> = serde_json::from_str(text).context("bpftool's answer")?;
     Ok(listed.len())
 }
 

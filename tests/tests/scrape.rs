@@ -3,7 +3,9 @@
 use std::{fs, net::SocketAddr, time::Duration};
 
 use heddle_lab::{
-    Lab, Pod, Result, http, metrics::Scrape, needs_program, needs_root,
+    Lab, Pod, Result, http,
+    metrics::Scrape,
+    needs_program, needs_root,
     process::{Place, Process},
     until,
 };
@@ -113,9 +115,8 @@ fn prometheus_scrapes_the_agent_and_gets_the_pods_metrics_under_strict() -> Resu
              "static_configs": [{"targets": [web.at(METRICS).to_string()]}]},
         ]),
     )?;
-    let series = until(SOON, "both pods' counters", || {
-        query(&lab, "app_requests_total").ok().filter(|found| found.len() == 2)
-    })?;
+    let series =
+        until(SOON, "both pods' counters", || query(&lab, "app_requests_total").ok().filter(|found| found.len() == 2))?;
     for pod in [&web, &api] {
         let its = series.iter().find(|one| one["metric"]["pod"] == pod.name()).expect("a series of each");
         let labels = &its["metric"];

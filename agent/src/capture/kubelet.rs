@@ -36,8 +36,7 @@ pub fn attach(node: &Node, path: &Path) -> Result<(), CaptureError> {
         Err(error) => return Err(io(error)),
     };
     let kubelet = Kubelet { cgroup: cgroup.id(), netns };
-    let loaded =
-        load::instance(&node.pins.maps(), (globals::KUBELET, (&kubelet).into()), PROGRAMS).map_err(failed)?;
+    let loaded = load::instance(&node.pins.maps(), (globals::KUBELET, (&kubelet).into()), PROGRAMS).map_err(failed)?;
     let folder = node.pins.kubelet();
     fs::create_dir_all(&folder).map_err(io)?;
     for ((name, hook), (program, _)) in PROGRAMS.into_iter().zip(&loaded) {

@@ -14,8 +14,8 @@ use std::{
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf};
 use heddle_common::{
-    Address, Attestation, Destination, LocalEndpoints, Pair, PodCounts, PodGate, ProbePort, Resident, ServicePort, Tuple,
-    Verdict, attested_by, maps,
+    Address, Attestation, Destination, LocalEndpoints, Pair, PodCounts, PodGate, ProbePort, Resident, ServicePort,
+    Tuple, Verdict, attested_by, maps,
 };
 
 use super::{CaptureError, WorkloadId, kernel};

@@ -8,7 +8,9 @@ use super::{
     uninstall,
 };
 use crate::life::{
-    admin::{CertificateLine, ConnectionLine, IssuerLine, KubeletLine, PathLine, PodLine, Status, Trust, TrustProblemLine},
+    admin::{
+        CertificateLine, ConnectionLine, IssuerLine, KubeletLine, PathLine, PodLine, Status, Trust, TrustProblemLine,
+    },
     config::EXIT_USAGE,
 };
 

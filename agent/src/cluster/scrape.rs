@@ -40,7 +40,10 @@ fn read(annotations: &BTreeMap<String, String>, pod: &Pod) -> Result<ScrapeTarge
     let path = said(PATH).unwrap_or(DEFAULT_PATH);
     let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
     if path.len() > limits::SCRAPE_PATH || path.parse::<http::uri::PathAndQuery>().is_err() {
-        return Err(format!("{PATH} is no path of a URL, or longer than {} bytes: it is not scraped", limits::SCRAPE_PATH));
+        return Err(format!(
+            "{PATH} is no path of a URL, or longer than {} bytes: it is not scraped",
+            limits::SCRAPE_PATH
+        ));
     }
     let port = match said(PORT) {
         Some(text) => text.parse().ok().filter(|port| *port != 0),

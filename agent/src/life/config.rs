@@ -268,7 +268,11 @@ impl Raw {
             kubelet_cgroup: self
                 .kubelet_cgroup
                 .map(|path| {
-                    absolute("--kubelet-cgroup", path, "give a path such as /sys/fs/cgroup/system.slice/kubelet.service")
+                    absolute(
+                        "--kubelet-cgroup",
+                        path,
+                        "give a path such as /sys/fs/cgroup/system.slice/kubelet.service",
+                    )
                 })
                 .transpose()?,
             admin_socket: socket("--admin-socket", self.admin_socket)?,

@@ -55,9 +55,7 @@ impl Kubelet {
     fn tell(&self, found: Result<&Path, &KubeletError>) {
         let report = match found {
             Ok(cgroup) => KubeletReport { cgroup: cgroup.display().to_string(), reason: "", detail: String::new() },
-            Err(error) => {
-                KubeletReport { cgroup: String::new(), reason: error.reason(), detail: error.to_string() }
-            }
+            Err(error) => KubeletReport { cgroup: String::new(), reason: error.reason(), detail: error.to_string() },
         };
         let before = std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), report.clone());
         if before == report {

@@ -28,9 +28,9 @@ impl Default for KubeletReport {
 pub(super) fn families(kubelet: &KubeletReport, pods: &[PodReport]) -> impl Iterator<Item = MetricFamily> {
     let labels = if kubelet.reason.is_empty() { vec![] } else { vec![label("reason", kubelet.reason)] };
     let attested = gauge(labels, f64::from(u8::from(kubelet.reason.is_empty())));
-    let probes = pods.iter().map(|pod| {
-        counter(vec![label("namespace", &pod.namespace), label("pod", &pod.name)], pod.counts.probes)
-    });
+    let probes = pods
+        .iter()
+        .map(|pod| counter(vec![label("namespace", &pod.namespace), label("pod", &pod.name)], pod.counts.probes));
     [
         family(
             "heddle_kubelet_attested",

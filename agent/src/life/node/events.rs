@@ -3,11 +3,7 @@
 //! Which pods are told of and when is decided by a pure table: a pod that is just being captured is not told of, the same reason not
 //! again before long, and a node full of failures no faster than the API server likes.
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-    time::Instant,
-};
+use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{
@@ -37,9 +33,15 @@ pub fn fix(reason: &str) -> &'static str {
             "see whether the agent's pod mounts the host's /proc, /sys/fs/cgroup and /run/netns, and whether the node has cgroup v2"
         }
         "no_address" => "wait until the pod has an address; if it gets none, see the node's CNI plugin",
-        "programs" | "link" => "run `heddle check` on the node: its kernel refuses a program, or another holds the hook",
-        "bpffs" | "pins" | "record" | "map" => "see whether /sys/fs/bpf of the host is a bpffs that the agent's pod mounts writable",
-        "route" | "sysctl" | "listener" | "socket" => "see the agent's log: the pod's network namespace does not take what it needs",
+        "programs" | "link" => {
+            "run `heddle check` on the node: its kernel refuses a program, or another holds the hook"
+        }
+        "bpffs" | "pins" | "record" | "map" => {
+            "see whether /sys/fs/bpf of the host is a bpffs that the agent's pod mounts writable"
+        }
+        "route" | "sysctl" | "listener" | "socket" => {
+            "see the agent's log: the pod's network namespace does not take what it needs"
+        }
         "slots_full" | "destinations_full" => "spread the pods over more nodes: a table of this node's kernel is full",
         "probe" | "unproven" | "not_served" => {
             "see the agent's log, and whether other eBPF programs on the node (`heddle check`) change connections of the pod"

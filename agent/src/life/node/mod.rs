@@ -52,10 +52,7 @@ impl Node {
 
     /// Tells until `stop`; a node that keeps its taint has it when this is done.
     pub async fn follow(self, client: Client, readiness: Readiness, pods: Pods, stop: CancellationToken) {
-        tokio::join!(
-            self.follow_taint(&client, &readiness, &stop),
-            self.follow_pods(&client, &pods, &stop),
-        );
+        tokio::join!(self.follow_taint(&client, &readiness, &stop), self.follow_pods(&client, &pods, &stop),);
     }
 
     async fn follow_taint(&self, client: &Client, readiness: &Readiness, stop: &CancellationToken) {
@@ -107,7 +104,8 @@ impl Node {
                         book.told(&event, now.into_std());
                     }
                     Err(error) => {
-                        let (reason, fix) = (error.reason(), "the agent's role needs create and patch of events.events.k8s.io");
+                        let (reason, fix) =
+                            (error.reason(), "the agent's role needs create and patch of events.events.k8s.io");
                         tracing::warn!(pod = event.pod(), reason, %error, fix, "An event on a pod can't be written yet");
                         tries.failed(Instant::now());
                     }

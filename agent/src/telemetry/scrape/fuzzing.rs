@@ -26,7 +26,8 @@ pub fn exposition(bytes: &[u8]) {
         assert_eq!(count(&again) + dropped, said + 2, "{told}");
         for line in told.lines().filter(|line| !line.starts_with('#')) {
             let labels = line.split_once('{').map_or("", |(_, labels)| labels);
-            let own = labels.starts_with("namespace=\"shop\",pod=\"we\\\"b\\n\"") || labels.starts_with("pod=\"other\"");
+            let own =
+                labels.starts_with("namespace=\"shop\",pod=\"we\\\"b\\n\"") || labels.starts_with("pod=\"other\"");
             assert!(own, "{line}");
         }
         for family in &again {

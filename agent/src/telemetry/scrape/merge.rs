@@ -21,7 +21,9 @@ pub fn merge(pods: &[Vec<Family>]) -> (String, Vec<usize>) {
     // A histogram's `_count` belongs to it, whatever another pod calls so.
     let parts: BTreeSet<String> = kinds
         .iter()
-        .flat_map(|(name, kind)| kind.suffixes().iter().filter(|part| !part.is_empty()).map(move |part| format!("{name}{part}")))
+        .flat_map(|(name, kind)| {
+            kind.suffixes().iter().filter(|part| !part.is_empty()).map(move |part| format!("{name}{part}"))
+        })
         .collect();
     let mut merged = BTreeMap::<String, Merged>::new();
     let mut dropped = vec![0; pods.len()];

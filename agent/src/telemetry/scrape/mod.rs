@@ -53,7 +53,11 @@ pub enum ScrapeError {
     Text,
     #[error("its answer has more than {} bytes", limits::SCRAPE_BYTES_PER_POD)]
     TooLarge,
-    #[error("the answers of all pods have more than {} bytes or {} samples", limits::SCRAPE_BYTES, limits::SCRAPE_SAMPLES)]
+    #[error(
+        "the answers of all pods have more than {} bytes or {} samples",
+        limits::SCRAPE_BYTES,
+        limits::SCRAPE_SAMPLES
+    )]
     TotalTooLarge,
     #[error(transparent)]
     Exposition(#[from] ExpositionError),
@@ -237,11 +241,11 @@ fn text(mut scraped: Vec<Scraped>) -> String {
         }
     };
     let none = String::new;
-    family("heddle_scrape_up", "1 if the pod's metrics were scraped, else 0 with the reason.", &|one, _, _| {
-        match &one.result {
-            Ok(_) => (none(), "1".to_owned()),
-            Err(error) => (format!(",reason=\"{}\"", error.reason()), "0".to_owned()),
-        }
+    family("heddle_scrape_up", "1 if the pod's metrics were scraped, else 0 with the reason.", &|one, _, _| match &one
+        .result
+    {
+        Ok(_) => (none(), "1".to_owned()),
+        Err(error) => (format!(",reason=\"{}\"", error.reason()), "0".to_owned()),
     });
     family("heddle_scrape_duration_seconds", "How long the scrape of the pod took.", &|one, _, _| {
         (none(), format!("{:.6}", one.took.as_secs_f64()))

@@ -63,7 +63,10 @@ fn openmetrics_is_told_in_the_text_format() {
     let of = |name: &str| families.iter().find(|family| family.name == name).unwrap();
     assert_eq!((of("foo_total").kind, &*of("foo_total").help), (Kind::Counter, "All \"of\" it."));
     assert_eq!(of("foo_total").samples[0].line, "foo_total{} 17.0 1520879607789");
-    assert_eq!((of("foo_created").kind, of("build_info").kind, of("s").kind), (Kind::Gauge, Kind::Gauge, Kind::Untyped));
+    assert_eq!(
+        (of("foo_created").kind, of("build_info").kind, of("s").kind),
+        (Kind::Gauge, Kind::Gauge, Kind::Untyped)
+    );
     assert_eq!(Format::of("application/openmetrics-text; version=1.0.0"), Format::OpenMetrics);
     assert_eq!(Format::of("text/plain; version=0.0.4"), Format::Text);
 }
@@ -123,7 +126,8 @@ fn a_pod_that_says_otherwise_of_a_name_loses_the_description_and_the_others_lose
 fn pod(name: &str, port: u16) -> ScrapedPod {
     let target = ScrapeTarget { port, path: "/metrics".into() };
     let address = "10.0.0.7".parse().unwrap();
-    let workload = Workload { addresses: vec![address], metrics: Some(target.clone()), ..Workload::named("shop", name) };
+    let workload =
+        Workload { addresses: vec![address], metrics: Some(target.clone()), ..Workload::named("shop", name) };
     ScrapedPod { workload: Arc::new(workload), target, address: (address, port).into() }
 }
 
