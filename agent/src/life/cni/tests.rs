@@ -57,6 +57,7 @@ fn spec(inode: Option<u64>, addresses: &[IpAddr]) -> PodSpec {
         addresses: addresses.to_vec(),
         place: Place { netns_inode: inode, ..Place::default() },
         when_unattended: Unattended::Closed,
+        probes: std::collections::BTreeSet::new(),
     }
 }
 
