@@ -7,9 +7,13 @@ use std::{
 
 use anyhow::{Result, bail};
 
+/// How many times longer everything may take: on a machine that emulates its processors.
+const PATIENCE: &str = "HEDDLE_LAB_PATIENCE";
+
 /// Asks `look` every few milliseconds until it gives something; fails with `what` after `deadline`.
 pub fn until<T>(deadline: Duration, what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
-    let end = Instant::now() + deadline;
+    let patience = std::env::var(PATIENCE).ok().and_then(|times| times.parse::<u32>().ok()).unwrap_or(1);
+    let end = Instant::now() + deadline * patience;
     let mut pause = Duration::from_millis(1);
     loop {
         if let Some(seen) = look() {

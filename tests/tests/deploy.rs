@@ -54,12 +54,30 @@ fn documents(text: &str) -> Result<Vec<Value>> {
     Ok(all.into_iter().filter(|document| !document.is_null()).collect())
 }
 
+/// Lists that Kubernetes merges by a key, in whatever order they come.
+fn order(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            for (name, field) in fields {
+                order(field);
+                let keyed = ["volumes", "volumeMounts", "env", "containers"].contains(&name.as_str());
+                if let (true, Value::Array(items)) = (keyed, field) {
+                    items.sort_by_key(ToString::to_string);
+                }
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(order),
+        _ => {}
+    }
+}
+
 /// By kind, namespace and name.
-fn by_name(objects: Vec<Value>) -> BTreeMap<(String, String, String), Value> {
+fn by_name(mut objects: Vec<Value>) -> BTreeMap<(String, String, String), Value> {
     let key = |object: &Value| {
         let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
         (text("/kind"), text("/metadata/namespace"), text("/metadata/name"))
     };
+    objects.iter_mut().for_each(order);
     objects.into_iter().map(|object| (key(&object), object)).collect()
 }
 

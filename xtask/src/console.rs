@@ -12,7 +12,7 @@ use std::{
     thread,
 };
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 
 /// Root of the repository.
 #[must_use]
@@ -59,6 +59,15 @@ pub const PACKAGES: [&str; 3] = ["--workspace", "--exclude", "heddle-ebpf"];
 /// Runs to the end, output on the terminal.
 pub fn show(command: &mut Command) -> Result<ExitStatus> {
     command.status().with_context(|| format!("running {}", command.get_program().to_string_lossy()))
+}
+
+/// Runs a command to its end and gives its output; what it complained of becomes the error.
+pub fn quietly(command: &mut Command) -> Result<String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let output = command.output().with_context(|| format!("{program} does not run"))?;
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{program}: {}: {}", output.status, complaint.trim());
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// Runs to the end; output goes to the terminal as it comes, and every line of it, without colours, to `line`.

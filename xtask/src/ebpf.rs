@@ -18,6 +18,11 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
+use crate::{
+    console::quietly,
+    debian::{Suite, newest},
+};
+
 /// Built against rustc's own LLVM; later versions want one of the system.
 const LINKER_VERSION: &str = "0.10.4";
 const TARGET: &str = "bpfel-unknown-none";
@@ -85,7 +90,7 @@ impl Toolchain {
         let work = root.join("target/ebpf");
         fs::create_dir_all(&work)?;
         let sysroot = sysroot().or_else(|_| {
-            run_quietly(Command::new("rustup").args(["toolchain", "install", "nightly", "--profile", "minimal"]))?;
+            quietly(Command::new("rustup").args(["toolchain", "install", "nightly", "--profile", "minimal"]))?;
             sysroot()
         });
         let sysroot = PathBuf::from(sysroot.context("no nightly toolchain")?);
@@ -135,18 +140,18 @@ impl Toolchain {
         // DWARF is not for the kernel, which reads BTF.
         let mut strip = Command::new(self.host_tool("rust-objcopy")?);
         strip.env("LD_LIBRARY_PATH", self.sysroot.join("lib")).args(["--strip-debug", "--discard-all"]);
-        run_quietly(strip.arg(&built).arg(&stripped))?;
+        quietly(strip.arg(&built).arg(&stripped))?;
         Ok(fs::read(stripped)?)
     }
 
     /// Everything that the bytes depend on besides the sources, one per line.
     fn describe(&self) -> Result<String> {
-        let rustc = run_quietly(nightly("rustc").arg("-vV"))?;
+        let rustc = quietly(nightly("rustc").arg("-vV"))?;
         let mut text = String::new();
         for line in rustc.lines().filter(|line| !line.starts_with("host") && !line.starts_with("binary")) {
             text.push_str(&format!("rustc {line}\n"));
         }
-        text.push_str(&format!("{}\n", run_quietly(Command::new(&self.linker).arg("--version"))?.trim()));
+        text.push_str(&format!("{}\n", quietly(Command::new(&self.linker).arg("--version"))?.trim()));
         let library = self.sysroot.join("lib/rustlib/src/rust/library");
         for part in ["core/src", "compiler-builtins/compiler-builtins/src"] {
             text.push_str(&format!("library/{part} sha256 {}\n", tree(&library.join(part))?));
@@ -156,7 +161,7 @@ impl Toolchain {
 
     /// A program that rustc brings along for the host.
     fn host_tool(&self, name: &str) -> Result<PathBuf> {
-        let version = run_quietly(nightly("rustc").arg("-vV"))?;
+        let version = quietly(nightly("rustc").arg("-vV"))?;
         let host = version.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc names no host")?;
         let tool = self.sysroot.join("lib/rustlib").join(host).join("bin").join(name);
         ensure!(tool.exists(), "the nightly toolchain has no {name}");
@@ -170,7 +175,7 @@ fn core_sources(sysroot: &Path, work: &Path) -> Result<()> {
     if place.join("library/core/src/lib.rs").exists() {
         return Ok(());
     }
-    let rustup = run_quietly(Command::new("rustup").args(["component", "add", "rust-src", "--toolchain", "nightly"]));
+    let rustup = quietly(Command::new("rustup").args(["component", "add", "rust-src", "--toolchain", "nightly"]));
     if place.join("library/core/src/lib.rs").exists() {
         return Ok(());
     }
@@ -178,56 +183,23 @@ fn core_sources(sysroot: &Path, work: &Path) -> Result<()> {
     let debian = debian_sources(&work.join("rust-src"));
     let found = debian.with_context(|| format!("neither by rustup ({rustup:#}) nor from Debian's package rust-src"))?;
     fs::create_dir_all(&place)?;
-    run_quietly(Command::new("cp").arg("-r").arg(found).arg(&place))?;
+    quietly(Command::new("cp").arg("-r").arg(found).arg(&place))?;
     Ok(())
 }
 
-/// Unpacks the package `rust-src` of Debian's unstable suite, by apt with a configuration, lists and cache of its own.
+/// Unpacks the package `rust-src` of Debian's unstable suite.
 fn debian_sources(work: &Path) -> Result<PathBuf> {
-    let keyring = Path::new("/usr/share/keyrings/debian-archive-keyring.gpg");
-    ensure!(keyring.exists(), "no {}", keyring.display());
-    for directory in ["lists/partial", "cache/archives/partial", "unpacked"] {
-        fs::create_dir_all(work.join(directory))?;
-    }
-    let (list, configuration) = (work.join("sources.list"), work.join("apt.conf"));
-    fs::write(&list, format!("deb [signed-by={}] {} unstable main\n", keyring.display(), debian_archive()?))?;
-    let here = work.display();
-    fs::write(
-        &configuration,
-        format!(
-            "Dir::Etc::sourcelist \"{}\";\nDir::Etc::sourceparts \"-\";\nDir::State::lists \"{here}/lists\";\n\
-             Dir::Cache \"{here}/cache\";\nAPT::Sandbox::User \"root\";\n",
-            list.display()
-        ),
-    )?;
-    let apt = |arguments: &[&str]| {
-        run_quietly(Command::new("apt-get").env("APT_CONFIG", &configuration).current_dir(work).args(arguments))
-    };
-    apt(&["update"])?;
-    apt(&["download", "rust-src"])?;
-    let package = entry(work, |name| name.starts_with("rust-src_") && name.ends_with(".deb"))?;
-    run_quietly(Command::new("dpkg-deb").arg("-x").arg(package).arg(work.join("unpacked")))?;
-    let release = entry(&work.join("unpacked/usr/src"), |name| name.starts_with("rustc-"))?;
-    Ok(release.join("library"))
-}
-
-/// The Debian archive that this machine's own apt is set up for.
-fn debian_archive() -> Result<String> {
-    let format = ["indextargets", "--format", "$(ORIGIN) $(SUITE) $(REPO_URI)", "Identifier: Packages"];
-    let targets = run_quietly(Command::new("apt-get").args(format))?;
-    let archive = targets.lines().find_map(|line| {
-        let (origin, rest) = line.split_once(' ')?;
-        let uri = rest.rsplit(' ').next()?;
-        (origin == "Debian" && !rest.contains("security")).then(|| uri.to_owned())
-    });
-    archive.context("apt knows no Debian archive (run apt-get update)")
+    let unpacked = work.join("unpacked");
+    Suite::open("unstable", work)?.unpack("rust-src", &unpacked)?;
+    let release = newest(&unpacked.join("usr/src"), |name| name.starts_with("rustc-"))?;
+    Ok(release.context("no rustc-… in the package rust-src")?.join("library"))
 }
 
 /// bpf-linker of the one right version: the installed one, else one of our own under `target/`.
 fn linker(work: &Path) -> Result<PathBuf> {
     let own = work.join("tools");
     let right = |path: &Path| {
-        let version = run_quietly(Command::new(path).arg("--version")).unwrap_or_default();
+        let version = quietly(Command::new(path).arg("--version")).unwrap_or_default();
         version.split_whitespace().last() == Some(LINKER_VERSION)
     };
     for candidate in [cargo_home()?.join("bin/bpf-linker"), own.join("bin/bpf-linker")] {
@@ -237,7 +209,7 @@ fn linker(work: &Path) -> Result<PathBuf> {
     }
     let mut install = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     install.args(["install", "--quiet", "--locked", "--version", LINKER_VERSION, "bpf-linker", "--root"]).arg(&own);
-    run_quietly(&mut install)?;
+    quietly(&mut install)?;
     Ok(own.join("bin/bpf-linker"))
 }
 
@@ -257,34 +229,12 @@ fn nightly(program: &str) -> Command {
 
 /// Where the nightly toolchain lies.
 fn sysroot() -> Result<String> {
-    Ok(run_quietly(nightly("rustc").args(["--print", "sysroot"]))?.trim().to_owned())
+    Ok(quietly(nightly("rustc").args(["--print", "sysroot"]))?.trim().to_owned())
 }
 
 fn cargo_home() -> Result<PathBuf> {
     let home = || env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo"));
     env::var_os("CARGO_HOME").map(PathBuf::from).or_else(home).context("neither CARGO_HOME nor HOME is set")
-}
-
-/// Runs a command to its end and gives its output; what it complained of becomes the error.
-fn run_quietly(command: &mut Command) -> Result<String> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    let output = command.output().with_context(|| format!("{program} does not run"))?;
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{program}: {}: {}", output.status, complaint.trim());
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
-/// The last entry, by name, of a folder whose name fits.
-fn entry(folder: &Path, fits: impl Fn(&str) -> bool) -> Result<PathBuf> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        if fits(&entry.file_name().to_string_lossy()) {
-            found.push(entry.path());
-        }
-    }
-    found.sort();
-    found.pop().with_context(|| format!("nothing that fits in {}", folder.display()))
 }
 
 /// One hash over a folder of files: of their sorted paths, lengths and contents.

@@ -3,9 +3,11 @@
 mod bench;
 mod ci;
 mod console;
+mod debian;
 mod demo;
 mod ebpf;
 mod fuzz;
+mod kernels;
 mod lab;
 mod setup;
 mod specification;

@@ -1,7 +1,7 @@
 //! What the lab and the demonstration need besides Rust, installed by name, only what is missing: Debian packages, and
 //! some of Python.
 
-use std::{env, fs, process::Command};
+use std::{env, fs, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result, ensure};
 
@@ -10,7 +10,7 @@ use crate::console::{is_root, show, target};
 /// A program, or its whole path where it is in no folder of `PATH`, and the Debian package that has it.
 type Program = (&'static str, &'static str);
 
-const PROGRAMS: [Program; 12] = [
+const PROGRAMS: [Program; 18] = [
     ("ip", "iproute2"),
     ("tcpdump", "tcpdump"),
     ("nft", "nftables"),
@@ -23,7 +23,18 @@ const PROGRAMS: [Program; 12] = [
     ("containerd", "containerd"),
     ("runc", "runc"),
     ("/usr/lib/cni/bridge", "containernetworking-plugins"),
+    // Manifests and the image. The package's kubectl is too old to render overlays, and the tests say so.
+    ("kubectl", "kubernetes-client"),
+    ("buildah", "buildah"),
+    ("busybox", "busybox-static"),
+    ("readelf", "binutils"),
+    ("setpriv", "util-linux"),
+    ("unshare", "util-linux"),
 ];
+/// What only the kernels need.
+const KERNELS: [Program; 2] = [("qemu-system-x86_64", "qemu-system-x86"), ("depmod", "kmod")];
+/// What starts them, by PyPI's name.
+const KERNEL_PACKAGES: [&str; 1] = ["virtme-ng"];
 /// What only the bench needs.
 const BENCH: [Program; 2] = [("iperf3", "iperf3"), ("wrk", "wrk")];
 
@@ -47,6 +58,13 @@ pub fn run() -> Result<()> {
 /// The same for the programs of the bench.
 pub fn run_bench() -> Result<()> {
     install(&BENCH)
+}
+
+/// The same for what boots kernels; gives the program that does.
+pub fn run_kernels() -> Result<PathBuf> {
+    install(&KERNELS)?;
+    python("vng", &KERNEL_PACKAGES)?;
+    Ok(target().join("vng"))
 }
 
 /// A Python environment of its own below the target directory, with these packages.

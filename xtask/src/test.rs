@@ -12,7 +12,7 @@ use crate::{
     console::{PACKAGES, cargo, catch_interrupts, follow, interrupted, is_root, show, target},
     ebpf,
     fuzz::{self, Fuzzed},
-    setup, specification,
+    kernels, setup, specification,
     steps::Tally,
 };
 
@@ -24,6 +24,12 @@ pub struct Options {
     /// The binaries and lab tests as they are shipped, with the figures of each: promises of time are held to them
     #[arg(long, requires = "lab")]
     pub release: bool,
+    /// Only the claims of capture, mutual TLS, policy and uninstall, on Debian's kernels in qemu, and a table of what came of it
+    #[arg(long, conflicts_with = "lab")]
+    pub kernels: bool,
+    /// Only the kernels of these Debian suites
+    #[arg(long, value_name = "SUITE", value_delimiter = ',', requires = "kernels")]
+    pub suite: Vec<String>,
 }
 
 /// Lab tests that load the machine: one at a time, as `.config/nextest.toml` has it.
@@ -43,6 +49,11 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     title("build");
     let built = show(cargo(["build"]).args(PACKAGES).args(options.profile().0))?;
     ensure!(built.success(), "the build failed");
+    if options.kernels {
+        kernels::run(&mut tally, &options.suite)?;
+        println!("{}", tally.summary());
+        return Ok(if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
     if options.lab.is_none() {
         checks(&mut tally)?;
         unit_tests(&mut tally)?;

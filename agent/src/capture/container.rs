@@ -37,13 +37,13 @@ pub enum ContainerError {
     #[error(
         "can't enter the node's cgroup namespace: {0}; give the container hostPID, CAP_SYS_ADMIN and CAP_SYS_PTRACE"
     )]
-    Cgroup(#[source] io::Error),
+    Cgroup(io::Error),
     #[error(
         "{SWITCHES} is read-only and can't be made writable: {0}; give the container CAP_SYS_ADMIN and no AppArmor profile"
     )]
-    Switches(#[source] io::Error),
+    Switches(io::Error),
     #[error("{BPFFS} is no bpffs and can't be made one: {0}; mount it on the node: mount -t bpf bpf {BPFFS}")]
-    Bpffs(#[source] io::Error),
+    Bpffs(io::Error),
 }
 
 impl ContainerError {
@@ -64,22 +64,33 @@ impl ContainerError {
 /// What can't be done, with what the container lacks.
 pub fn reach_node(bpffs: &Path) -> Result<Vec<&'static str>, ContainerError> {
     let mut done = Vec::new();
-    if elsewhere("cgroup").map_err(ContainerError::Cgroup)? {
+    let sight = in_sight();
+    if sight && elsewhere("cgroup").map_err(ContainerError::Cgroup)? {
         enter("cgroup", CloneFlags::CLONE_NEWCGROUP).map_err(ContainerError::Cgroup)?;
         done.push("entered the node's cgroup namespace");
     }
-    if elsewhere("mnt").map_err(ContainerError::Bpffs)? {
-        // Only a mount point can be read-only by itself; on the node it is as its owner wants it.
-        if read_only(SWITCHES).map_err(ContainerError::Switches)? {
-            writable(SWITCHES).map_err(ContainerError::Switches)?;
-            done.push("made /proc/sys writable for itself");
-        }
-        if bpffs.starts_with(BPFFS) && !is_bpffs(BPFFS).map_err(ContainerError::Bpffs)? {
-            mount_on_node().map_err(ContainerError::Bpffs)?;
-            done.push("mounted bpffs on the node");
-        }
+    if sight && !elsewhere("mnt").map_err(ContainerError::Bpffs)? {
+        return Ok(done);
+    }
+    // Only a mount of a container's is read-only by itself.
+    if read_only(SWITCHES).map_err(ContainerError::Switches)? {
+        writable(SWITCHES).map_err(ContainerError::Switches)?;
+        done.push("made /proc/sys writable for itself");
+    }
+    if sight && bpffs.starts_with(BPFFS) && !is_bpffs(BPFFS).map_err(ContainerError::Bpffs)? {
+        mount_on_node().map_err(ContainerError::Bpffs)?;
+        done.push("mounted bpffs on the node");
+    }
+    if !sight {
+        // What is out of reach then shows as pods that can't be captured, each with its reason.
+        done.push("may not look at the first process (CAP_SYS_PTRACE), so the node's namespaces are out of reach");
     }
     Ok(done)
+}
+
+/// Whether the first process' namespaces may be looked at.
+fn in_sight() -> bool {
+    !matches!(fs::metadata(Path::new(NODE).join("mnt")), Err(error) if error.kind() == io::ErrorKind::PermissionDenied)
 }
 
 /// Whether the first process' namespace of this kind is another than this thread's.

@@ -49,6 +49,9 @@ const MAPS: [&str; 8] = [
 /// Where runtimes keep network namespaces without a process.
 const NAMED: &str = "/run/netns";
 
+/// Names that others may give a map too: they tell only beside the name of a program.
+const COMMON_MAPS: [&str; 5] = [maps::GATES, maps::COUNTS, maps::SERVICES, maps::ASKED, maps::EVENTS];
+
 /// One thing that is left.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 pub struct Left {
@@ -81,7 +84,7 @@ pub async fn in_kernel(bpffs: &Path, cgroups: Option<&Path>) -> io::Result<Vec<L
 
 /// Programs and maps that are loaded, pinned or not.
 fn loaded() -> io::Result<Vec<Left>> {
-    let mut ours = BTreeMap::new();
+    let (mut ours, mut common) = (BTreeMap::new(), BTreeSet::new());
     for map in loaded_maps() {
         let map = match map {
             Ok(map) => map,
@@ -91,6 +94,8 @@ fn loaded() -> io::Result<Vec<Left>> {
         let name = map.name_as_str().unwrap_or_default().to_owned();
         if MAPS.contains(&name.as_str()) {
             ours.insert(map.id(), name);
+        } else if COMMON_MAPS.contains(&name.as_str()) {
+            common.insert(map.id());
         }
     }
     let mut left: Vec<Left> = ours.iter().map(|(id, name)| Left::new("map", format!("{name} (id {id})"))).collect();
@@ -102,7 +107,8 @@ fn loaded() -> io::Result<Vec<Left>> {
         };
         let name = program.name_as_str().unwrap_or_default().to_owned();
         // The names are common words: what makes a program heddle's is a map of heddle's.
-        let uses = || program.map_ids().ok().flatten().is_some_and(|maps| maps.iter().any(|id| ours.contains_key(id)));
+        let known = |id: &u32| ours.contains_key(id) || common.contains(id);
+        let uses = || program.map_ids().ok().flatten().is_some_and(|maps| maps.iter().any(known));
         if PROGRAMS.contains(&name.as_str()) && uses() {
             left.push(Left::new("program", format!("{name} (id {})", program.id())));
         }

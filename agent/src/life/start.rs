@@ -95,7 +95,7 @@ impl StartError {
 pub fn run(config: Config) -> Result<(), StartError> {
     let descriptors = prepare_process()?;
     for done in container::reach_node(&config.bpffs)? {
-        tracing::info!("In a container: {done}");
+        tracing::info!("Reach of the node: {done}");
     }
     // Without a number to go by, little is better than too much.
     let memory = memory_available().unwrap_or(limits::MEMORY_UNKNOWN);

@@ -21,6 +21,20 @@ fn capabilities() -> Result<Vec<String>> {
     Ok(added.iter().filter_map(Value::as_str).map(str::to_lowercase).collect())
 }
 
+/// Number of a capability (`include/uapi/linux/capability.h`), as a bit.
+fn bit(name: &str) -> Result<u64> {
+    let known = [("net_admin", 12), ("sys_ptrace", 19), ("sys_admin", 21), ("sys_resource", 24)];
+    let number = known.iter().find(|(known, _)| *known == name).with_context(|| format!("{name} is new here"))?.1;
+    Ok(1 << number)
+}
+
+/// A set of capabilities of a process.
+fn mask(pid: &str, set: &str) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(set)?.strip_prefix(":\t"));
+    Ok(u64::from_str_radix(line.with_context(|| format!("no {set}"))?, 16)?)
+}
+
 /// Runs an agent as a container runtime does: few capabilities, `/proc/sys` read-only, mount and cgroup namespaces of its own.
 fn contained(capabilities: &[String]) -> String {
     let bounded: String = capabilities.iter().map(|name| format!(",+{name}")).collect();
@@ -39,11 +53,10 @@ fn an_agent_needs_no_more_than_its_manifest_gives_it() -> Result {
     let lab = Lab::builder().agents_under(&under).start()?;
     let agent = lab.agent(1)?;
     let pid = agent.daemon.pid().context("no agent")?;
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:\t")).context("no CapEff")?;
-    let effective = u64::from_str_radix(effective, 16)?;
-    assert_eq!(effective.count_ones() as usize, capabilities()?.len(), "{effective:x}");
-    agent.wait_log("In a container: made /proc/sys writable for itself")?;
+    // A machine that is itself contained can't give what it does not have.
+    let wanted = capabilities()?.iter().map(|name| bit(name)).sum::<Result<u64>>()? & mask("self", "CapBnd")?;
+    assert_eq!(mask(&pid.to_string(), "CapEff")?, wanted);
+    agent.wait_log("made /proc/sys writable for itself")?;
     // Enrolment, tunnel, lane, policy with live connections closed, proof of capture, withdrawal.
     let server = lab.pod("shop", "server").on(2).serves(&["echo:7000"]).start()?;
     let near = lab.pod("shop", "near").serves(&["echo:7000"]).start()?;
@@ -107,21 +120,21 @@ fn after_an_uninstall_nothing_of_a_node_is_left_and_before_it_everything_is_list
     Ok(())
 }
 
-/// `(id N)` of every program and map that is pinned below a folder.
+/// `(id N)` of the programs whose links, and of the maps that, are pinned below a folder.
 fn programs_and_maps(bpffs: &str) -> Result<Vec<String>> {
-    let mut ids = Vec::new();
-    for kind in ["prog", "map"] {
+    let show = |kind: &str, id: &str| -> Result<Vec<String>> {
         let output = std::process::Command::new("bpftool").args(["-j", "-f", kind, "show"]).output()?;
         let all: Vec<Value> = serde_json::from_slice(&output.stdout)?;
-        for one in all {
-            let pinned = one["pinned"].as_array().into_iter().flatten().filter_map(Value::as_str);
-            let names = ["ATTESTED", "VERDICTS", "DESTINATIONS", "RESIDENTS", "LISTENERS"];
-            let listed = kind == "prog" || one["name"].as_str().is_some_and(|name| names.contains(&name));
-            if listed && pinned.into_iter().any(|path| path.starts_with(bpffs)) {
-                ids.push(format!("(id {})", one["id"]));
-            }
-        }
-    }
-    ensure!(!ids.is_empty(), "nothing is pinned below {bpffs}");
-    Ok(ids)
+        let ours = all.iter().filter(|one| {
+            let mut pinned = one["pinned"].as_array().into_iter().flatten().filter_map(Value::as_str);
+            // Of the maps some have names that others' maps have too.
+            let named = ["ATTESTED", "VERDICTS", "DESTINATIONS", "RESIDENTS", "LISTENERS"];
+            let named = kind == "link" || one["name"].as_str().is_some_and(|name| named.contains(&name));
+            named && pinned.any(|path| path.starts_with(bpffs))
+        });
+        Ok(ours.map(|one| format!("(id {})", one[id])).collect())
+    };
+    let (programs, maps) = (show("link", "prog_id")?, show("map", "id")?);
+    ensure!(programs.len() >= 16 && maps.len() == 5, "pinned below {bpffs}: {programs:?} {maps:?}");
+    Ok([programs, maps].concat())
 }

@@ -33,7 +33,7 @@ fn args(pod: &Value) -> Vec<&str> {
 
 fn refused(line: &[&str]) -> String {
     match Line::try_parse_from([&["install"], line].concat()) {
-        Ok(line) => manifests(&line.options).unwrap_err().to_string(),
+        Ok(line) => format!("{:#}", manifests(&line.options).unwrap_err()),
         Err(error) => error.to_string(),
     }
 }
