@@ -28,8 +28,8 @@ use tonic::transport::server::{Connected, Server, TcpConnectInfo};
 use zeroize::Zeroizing;
 
 use super::{
-    Authorization, CaConfig, CaError, authority::Authority, issue::sign_server, opaque::Opaque,
-    publish::Publisher, refusal::Refusal, root::Root, source::Keys, vitals::Vitals,
+    Authorization, CaConfig, CaError, authority::Authority, issue::sign_server, opaque::Opaque, publish::Publisher,
+    refusal::Refusal, root::Root, source::Keys, vitals::Vitals,
 };
 use crate::{
     cluster::api_client,

@@ -332,15 +332,17 @@ async fn a_secret_is_rotated_with_agents_and_replicas_that_are_found_by_their_po
 
 /// The labels that pods are looked for by are those that the manifests give them.
 #[test]
-fn the_manifests_label_the_cas_pods_as_they_are_looked_for() {
-    let text = include_str!("../../../../../deploy/ca/ca.yaml");
-    let documents: Vec<Value> = serde_saphyr::from_multiple(text).unwrap();
-    let deployment = documents.iter().find(|document| document["kind"] == "Deployment").unwrap();
-    let labels = &deployment["spec"]["template"]["metadata"]["labels"];
-    assert_eq!(
-        (&labels["app.kubernetes.io/name"], &labels["app.kubernetes.io/component"]),
-        (&json!("heddle"), &json!("ca"))
-    );
+fn the_manifests_label_pods_as_they_are_looked_for() {
+    for (component, text) in [
+        ("ca", include_str!("../../../../../deploy/ca/ca.yaml")),
+        ("agent", include_str!("../../../../../deploy/agent/daemonset.yaml")),
+    ] {
+        let documents: Vec<Value> = serde_saphyr::from_multiple(text).unwrap();
+        let template = documents.iter().find_map(|document| document["spec"].get("template")).unwrap();
+        let labels = &template["metadata"]["labels"];
+        let found = (&labels["app.kubernetes.io/name"], &labels["app.kubernetes.io/component"]);
+        assert_eq!(found, (&json!("heddle"), &json!(component)));
+    }
 }
 
 #[tokio::test]
