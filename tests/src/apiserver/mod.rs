@@ -194,6 +194,19 @@ impl ApiServer {
         self.cluster.tell();
     }
 
+    /// Makes or changes an object of a resource, which need not say its kind.
+    ///
+    /// # Panics
+    /// When the stand-in has no such resource.
+    pub fn put_as(&self, plural: &str, mut object: Value) {
+        let Some(kind) = kinds::plural(plural) else { panic!("no resource of the stand-in's: {plural}") };
+        let version = kind.versions[0];
+        let api_version = if kind.group.is_empty() { version.to_owned() } else { format!("{}/{version}", kind.group) };
+        object["apiVersion"] = json!(api_version);
+        object["kind"] = json!(kind.kind);
+        self.put(object);
+    }
+
     /// Takes a pod away.
     pub fn delete(&self, namespace: &str, name: &str) {
         self.remove("pods", namespace, name);

@@ -1,7 +1,9 @@
 use std::{net::IpAddr, path::Path, sync::Arc, time::Instant};
 
-use super::{Settings, index};
-use crate::cluster::{Distribution, SameNode, Snapshot, Unattended, Warning, Workload, read::read};
+use super::{Indexer, Settings, index};
+use crate::cluster::{
+    Distribution, Objects, Place, Places, SameNode, Snapshot, Unattended, Warning, Workload, read::read,
+};
 
 fn snapshot(text: &str) -> Snapshot {
     let manifest = read(text);
@@ -409,4 +411,84 @@ fn ten_thousand_pods_are_indexed_in_well_under_a_second() {
     assert_eq!(snapshot.by_address.len(), 10_000);
     println!("indexed 10,000 pods in {took:?}");
     assert!(took.as_millis() < 1_000, "{took:?}");
+}
+
+/// Places that a test moves.
+#[derive(Debug, Default)]
+struct Moving(std::sync::Mutex<std::collections::HashMap<String, Place>>);
+
+impl Places for Moving {
+    fn locate(&self, pod: &k8s_openapi::api::core::v1::Pod) -> Option<Place> {
+        self.0.lock().unwrap().get(pod.metadata.name.as_deref()?).cloned()
+    }
+}
+
+#[test]
+fn indexing_again_gives_what_indexing_anew_gives() {
+    let places = Arc::new(Moving::default());
+    let settings = Settings { places: Arc::clone(&places) as Arc<dyn Places>, ..Settings::default() };
+    let mut indexer = Indexer::new(settings.clone());
+    let mut objects = Objects::default();
+    let mut random = fastrand::Rng::with_seed(7);
+    let one = |text: &str| read(text).objects;
+    for round in 0..600 {
+        let name = random.u8(0..6);
+        match random.u8(0..8) {
+            0..=2 => {
+                let (address, label) = (random.u8(1..5), ["enabled", "disabled", "odd"][random.usize(0..3)]);
+                let status =
+                    if random.bool() { format!(", status: {{podIP: 10.0.0.{address}}}") } else { String::new() };
+                let (namespace, uid) = (name % 2, random.u8(0..4));
+                let labels = format!("labels: {{heddle.dev/mesh: {label}}}");
+                let metadata = format!("{{name: p{name}, namespace: n{namespace}, uid: u{uid}, {labels}}}");
+                let text = format!("{{apiVersion: v1, kind: Pod, metadata: {metadata}{status}}}");
+                objects.pods.retain(|pod| pod.metadata.name.as_deref() != Some(&*format!("p{name}")));
+                objects.pods.extend(one(&text).pods);
+            }
+            3 => objects.pods.retain(|pod| pod.metadata.name.as_deref() != Some(&*format!("p{name}"))),
+            4 | 5 => {
+                let label = ["enabled", "disabled", "odd"][random.usize(0..3)];
+                objects.namespaces.retain(|found| found.metadata.name.as_deref() != Some(&*format!("n{}", name % 2)));
+                let metadata = format!("{{name: n{}, labels: {{heddle.dev/mesh: {label}}}}}", name % 2);
+                objects
+                    .namespaces
+                    .extend(one(&format!("{{apiVersion: v1, kind: Namespace, metadata: {metadata}}}")).namespaces);
+            }
+            6 => drop(places.0.lock().unwrap().remove(&format!("p{name}"))),
+            _ => {
+                let addresses = if random.bool() { vec![IpAddr::from([10, 0, 1, name])] } else { Vec::new() };
+                let place = Place { netns: format!("/n{}", random.u8(0..2)).into(), addresses, ..Place::default() };
+                places.0.lock().unwrap().insert(format!("p{name}"), place);
+            }
+        }
+        let parts = [Arc::new(objects.clone())];
+        let (again, anew) = (indexer.index(&parts, 1), index(&parts, &settings, 1));
+        assert!(again.same_content(&anew), "round {round}: {again:#?} {anew:#?}");
+    }
+}
+
+#[test]
+fn indexing_again_costs_a_part_of_indexing_anew() {
+    let text: String = (0..2_000).map(|number| {
+        let labels = format!("labels: {{app: web-{number}, version: v1, app.kubernetes.io/part-of: shop}}");
+        format!("---\n{{apiVersion: v1, kind: Pod, metadata: {{name: p{number}, namespace: shop, {labels}}}, status: {{podIP: 10.0.{}.{}}}}}\n", number / 250, number % 250)
+    }).collect();
+    let parts = [Arc::new(read(&text).objects)];
+    let settings = Settings::default();
+    let mut indexer = Indexer::new(settings.clone());
+    indexer.index(&parts, 1);
+    let best = |work: &mut dyn FnMut()| {
+        (0..7)
+            .map(|_| {
+                let began = Instant::now();
+                work();
+                began.elapsed()
+            })
+            .min()
+            .unwrap()
+    };
+    let anew = best(&mut || drop(index(&parts, &settings, 1)));
+    let again = best(&mut || drop(indexer.index(&parts, 1)));
+    println!("2,000 pods: {anew:?} anew, {again:?} again");
+    assert!(again * 3 < anew * 2, "{again:?} is no part of {anew:?}");
 }
