@@ -21,6 +21,7 @@ mod lane_reuse;
 mod lane_services;
 mod life;
 mod load;
+mod older;
 mod paths;
 mod policy;
 mod proof;

@@ -8,7 +8,7 @@
 use std::{
     collections::BTreeMap,
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -23,7 +23,8 @@ use netlink_packet_sock_diag::{
 use nix::{ifaddrs::getifaddrs, net::if_::if_nametoindex};
 use rtnetlink::{
     packet_core::{
-        NLM_F_ACK, NLM_F_REQUEST, NetlinkDeserializable, NetlinkMessage, NetlinkPayload, NetlinkSerializable,
+        NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkMessage, NetlinkPayload,
+        NetlinkSerializable,
     },
     sys::{Socket, SocketAddr as NetlinkAddress, protocols::NETLINK_SOCK_DIAG},
 };
@@ -145,18 +146,92 @@ fn close(place: &Place) -> Vec<(usize, Fate)> {
 }
 
 /// A `sock_diag` socket that was made inside a netns, and so speaks of its sockets.
-struct Diag {
+pub struct Diag {
     socket: Socket,
     /// A connection may be bound to the device of its address, and is then found by it alone; others are found by it too.
     devices: Vec<(IpAddr, u32)>,
 }
 
 impl Diag {
-    fn open(netns: &Netns) -> io::Result<Self> {
+    pub fn open(netns: &Netns) -> io::Result<Self> {
         let (mut socket, devices) = netns.within(|| Ok((Socket::new(NETLINK_SOCK_DIAG)?, devices()?)))?;
         SockRef::from(&socket).set_read_timeout(Some(limits::SOCK_DIAG))?;
         socket.bind_auto()?;
         Ok(Self { socket, devices })
+    }
+
+    /// Every TCP connection of the netns, as its sockets here have it, with their cookies.
+    pub fn open_connections(&self) -> io::Result<Vec<End>> {
+        const OPEN: StateFlags = StateFlags::ESTABLISHED
+            .union(StateFlags::SYN_SENT)
+            .union(StateFlags::FIN_WAIT1)
+            .union(StateFlags::FIN_WAIT2)
+            .union(StateFlags::CLOSE_WAIT)
+            .union(StateFlags::LAST_ACK)
+            .union(StateFlags::CLOSING);
+        let mut found = Vec::new();
+        for (family, unspecified) in
+            [(libc::AF_INET, IpAddr::V4(Ipv4Addr::UNSPECIFIED)), (libc::AF_INET6, IpAddr::V6(Ipv6Addr::UNSPECIFIED))]
+        {
+            let any = SocketId {
+                source_port: 0,
+                destination_port: 0,
+                source_address: unspecified,
+                destination_address: unspecified,
+                interface_id: 0,
+                cookie: ANY,
+            };
+            let request = InetRequest {
+                family: family as u8,
+                protocol: IPPROTO_TCP,
+                extensions: ExtensionFlags::empty(),
+                states: OPEN,
+                socket_id: any,
+            };
+            self.dump(request, |header| {
+                let id = &header.socket_id;
+                let at = |address: IpAddr, port| SocketAddr::new(address.to_canonical(), port);
+                found.push(End {
+                    local: at(id.source_address, id.source_port),
+                    remote: at(id.destination_address, id.destination_port),
+                    cookie: Some(cookie(id.cookie)),
+                });
+            })?;
+        }
+        Ok(found)
+    }
+
+    /// Gives every answer to a request for many.
+    fn dump(&self, request: InetRequest, mut answered: impl FnMut(&InetResponseHeader)) -> io::Result<()> {
+        let mut message = NetlinkMessage::from(SockDiagMessage::InetRequest(request));
+        message.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+        message.finalize();
+        let mut sent = vec![0; message.buffer_len()];
+        message.serialize(&mut sent);
+        self.socket.send_to(&sent, &NetlinkAddress::new(0, 0), 0)?;
+        let mut received = Vec::with_capacity(limits::SOCK_DIAG_DUMP);
+        loop {
+            received.clear();
+            self.socket.recv(&mut received, 0)?;
+            let mut rest = received.as_slice();
+            while !rest.is_empty() {
+                let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest).map_err(io::Error::other)?;
+                match &message.payload {
+                    NetlinkPayload::Done(_) => return Ok(()),
+                    NetlinkPayload::Error(error) => return Err(error.to_io()),
+                    NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => answered(&response.header),
+                    _ => {}
+                }
+                // Messages begin at multiples of 4 bytes; one without a length would never end.
+                let length = (message.header.length as usize).max(1).next_multiple_of(4);
+                rest = rest.get(length..).unwrap_or_default();
+            }
+        }
+    }
+
+    /// Closes these ends; gives how many were open.
+    pub fn closed(&self, ends: &[End]) -> io::Result<usize> {
+        Ok(self.close(ends)?.into_iter().filter(|fate| *fate == Fate::Closed).count())
     }
 
     /// What becomes of each end.
@@ -314,9 +389,22 @@ fn words(cookie: u64) -> [u8; 8] {
     words
 }
 
+/// The other way.
+fn cookie(words: [u8; 8]) -> u64 {
+    let [a, b, c, d, e, f, g, h] = words;
+    u64::from(u32::from_ne_bytes([e, f, g, h])) << 32 | u64::from(u32::from_ne_bytes([a, b, c, d]))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cookie_is_two_words_and_comes_back() {
+        for number in [0, 1, 1 << 32, u64::MAX, 0x0102_0304_0506_0708] {
+            assert_eq!(cookie(words(number)), number);
+        }
+    }
 
     fn found(state: u8, remote: &str, cookie: u64) -> InetResponseHeader {
         let (local, remote): (SocketAddr, SocketAddr) =

@@ -5,6 +5,7 @@
 //! touched: the programs see new ones only.
 
 use std::{
+    collections::HashSet,
     fs, io,
     net::{IpAddr, TcpListener},
     path::Path,
@@ -20,12 +21,13 @@ use super::{
     load::{AttachError, Cgroup, How, PROGRAMS},
     maps::key,
     netns::Netns,
+    older,
     pin::{self, Record},
     pod::{Live, Node, Pod, random},
     ports::{self, Rotation},
     probe, route, socket, sysctl,
 };
-use crate::cluster::Unattended;
+use crate::{cluster::Unattended, life::limits};
 
 const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 
@@ -69,18 +71,31 @@ async fn enrol(node: &Arc<Node>, pod: &Arc<Pod>, spec: &PodSpec) -> Result<Attac
         let (node, spec, previous) = (Arc::clone(node), spec.clone(), previous.clone());
         blocking(move || prepare(&node, &spec, previous.as_deref())).await?
     };
-    let Prepared { ends, left, ports } = prepared;
+    let Prepared { ends, record, left, ports } = prepared;
     let netns = Arc::clone(&ends.netns);
     route::put(&netns, &spec.addresses).await.map_err(at(&name, Step::Route))?;
 
     let same_netns = previous.as_ref().is_some_and(|live| live.netns.inode() == netns.inode());
     let kept = pod.listener().filter(|_| same_netns);
-    let (live, listener) = {
+    let known = previous.is_some();
+    let (live, listener, older) = {
         let (node, spec) = (Arc::clone(node), spec.clone());
-        blocking(move || hang(&node, spec, ends, ports, kept)).await?
+        blocking(move || {
+            let (live, listener, how) = hang(&node, spec, ends, ports, kept)?;
+            let older = match how {
+                How::Attached => Some(note_older(&node, &live, record)),
+                // What an earlier agent has found.
+                How::Adopted | How::Replaced => (!known).then(|| record.older.into_iter().collect()),
+            };
+            Ok((live, listener, older))
+        })
+        .await?
     };
     let attached = Attached { listener: listener.try_clone().map_err(at(&name, Step::Listener))?, token: pod.token };
     pod.set_live(live, listener);
+    if let Some(older) = older {
+        pod.set_older(older);
+    }
     if let Some(left) = left {
         // The pod moved; what it left behind binds nothing and is not worth failing for.
         if let Err(error) = restore(&left.netns, &left.switched_on).await {
@@ -106,6 +121,7 @@ fn check(spec: &PodSpec) -> Result<(), CaptureError> {
 
 struct Prepared {
     ends: Ends,
+    record: Record,
     /// A netns that the pod was in before.
     left: Option<Left>,
     ports: Rotation,
@@ -174,6 +190,7 @@ fn prepare(node: &Node, spec: &PodSpec, previous: Option<&Live>) -> Result<Prepa
         netns_inode: netns.inode(),
         cgroup: spec.place.cgroup.clone(),
         switched_on,
+        older: same_netns.map(|record| record.older.clone()).unwrap_or_default(),
     };
     if recorded.as_ref() != Some(&record) {
         node.pins.write_record(&record).map_err(at(name, Step::Record))?;
@@ -192,7 +209,7 @@ fn prepare(node: &Node, spec: &PodSpec, previous: Option<&Live>) -> Result<Prepa
         .map_err(at(name, Step::Netns))?;
     let former = recorded.map(|record| (record.workload, record.addresses));
     let ends = Ends { slot, workload, former, cookie, netns, cgroup };
-    Ok(Prepared { ends, left, ports: Rotation::new(ports::range(&ephemeral)) })
+    Ok(Prepared { ends, record, left, ports: Rotation::new(ports::range(&ephemeral)) })
 }
 
 /// Opens the listener and hangs the programs.
@@ -202,7 +219,7 @@ fn hang(
     ends: Ends,
     ports: Rotation,
     kept: Option<Arc<TcpListener>>,
-) -> Result<(Live, Arc<TcpListener>), CaptureError> {
+) -> Result<(Live, Arc<TcpListener>, How), CaptureError> {
     let name = Arc::clone(&spec.name);
     let Ends { slot, workload, former, cookie, netns, cgroup } = ends;
     let listener = match kept {
@@ -232,7 +249,25 @@ fn hang(
         How::Adopted => tracing::info!(pod = %name, slot, "adopted as it was"),
         How::Replaced => tracing::info!(pod = %name, slot, "programs replaced"),
     }
-    Ok((Live { spec, slot, workload, cookie, netns, cgroup, programs, ports }, listener))
+    Ok((Live { spec, slot, workload, cookie, netns, cgroup, programs, ports }, listener, how))
+}
+
+/// Finds the connections that are older than the programs which have just been attached, and records them. A pod is captured whether
+/// they can be found or not.
+fn note_older(node: &Node, live: &Live, record: Record) -> HashSet<u64> {
+    let name = &live.spec.name;
+    let found = older::found(&live.netns, &live.spec.addresses).inspect_err(|error| {
+        tracing::warn!(pod = %name, %error, "connections that are older than the enrolment could not be looked for");
+    });
+    let found = found.unwrap_or_default();
+    if !found.is_empty() {
+        tracing::info!(pod = %name, count = found.len(), "has connections that are older than its enrolment: they go on outside the mesh");
+        let recorded = Record { older: found.iter().copied().take(limits::OLDER_RECORDED).collect(), ..record };
+        if let Err(error) = node.pins.write_record(&recorded) {
+            tracing::warn!(pod = %name, %error, "its older connections could not be recorded: a later agent knows nothing of them");
+        }
+    }
+    found
 }
 
 fn pod_data(slot: u32, workload: WorkloadId, cookie: Option<u64>, addresses: &[IpAddr]) -> PodData {

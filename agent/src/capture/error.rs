@@ -60,6 +60,7 @@ pub enum Step {
     Listener,
     Link,
     Pins,
+    Older,
 }
 
 impl Step {
@@ -73,6 +74,7 @@ impl Step {
             Self::Listener => "listener",
             Self::Link => "link",
             Self::Pins => "pins",
+            Self::Older => "older connections",
         }
     }
 
@@ -86,6 +88,7 @@ impl Step {
             Self::Listener => "listener",
             Self::Link => "link",
             Self::Pins => "pins",
+            Self::Older => "older",
         }
     }
 }

@@ -12,13 +12,13 @@ pub use super::{caller::Caller, error::CaptureError, load::AttachedProgram, port
 use super::{
     connect,
     enrol::{self, blocking},
-    kernel,
-    kubelet,
+    kernel, kubelet,
     lane::Lane,
     load::{self, Object},
     maps::Maps,
     messages,
     netns::Home,
+    older::{self, Older},
     pin::Pins,
     pod::{Node, Slots},
     probe, prove,
@@ -253,6 +253,18 @@ impl Handle {
             }
         };
         self.node.pods().into_iter().map(status).collect()
+    }
+
+    /// Connections that are older than their pod's enrolment and still open, by the pod's uid. Some system calls for each pod that
+    /// has any.
+    #[must_use]
+    pub fn older(&self) -> Vec<(Arc<str>, Vec<Older>)> {
+        older::list(&self.node)
+    }
+
+    /// Closes those of a pod: the app sees its connection aborted, the other side a reset. Gives how many were open.
+    pub async fn reset_older(&self, uid: &str) -> Result<usize, CaptureError> {
+        older::reset(&self.node, uid).await
     }
 
     /// A connection from the pod's netns and address, as the pod itself would make it, uncaptured (the agent's cgroup is not

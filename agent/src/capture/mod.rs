@@ -22,6 +22,7 @@ mod load;
 mod maps;
 mod messages;
 mod netns;
+mod older;
 mod path;
 mod pin;
 mod pod;
@@ -41,5 +42,6 @@ pub use handle::{
     PodStatus, ProbeCommand, ProbeToken,
 };
 pub use lane::{EndedRing, Lane, ResidentPod, WorkloadId};
+pub use older::Older;
 pub use path::LaneFault;
 pub use socket::{TcpHealth, chosen, tcp_health};

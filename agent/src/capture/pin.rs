@@ -44,6 +44,9 @@ pub struct Record {
     pub cgroup: PathBuf,
     /// Switches of the netns that enrolment found off (see [`super::sysctl`]).
     pub switched_on: Vec<String>,
+    /// Cookies of sockets that were connected before the pod was enrolled, as many as there is room for.
+    #[serde(default)]
+    pub older: Vec<u64>,
 }
 
 /// The folder of this layout version.
@@ -232,6 +235,7 @@ mod tests {
             netns_inode: u64::MAX,
             cgroup: PathBuf::from("/sys/fs/cgroup/".to_owned() + &"y".repeat(1_000)),
             switched_on: vec!["ipv4/tcp_fwmark_accept".into(); 3],
+            older: vec![u64::MAX; crate::life::limits::OLDER_RECORDED],
         };
         let text = serde_json::to_string(&record).unwrap();
         assert!(text.len() < 4_096);

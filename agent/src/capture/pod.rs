@@ -3,7 +3,7 @@
 //! Pure bookkeeping: slots, states, who holds which listener. The kernel is read and changed elsewhere.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     io::Read,
     net::{IpAddr, TcpListener},
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
@@ -99,6 +99,8 @@ struct Inner {
     state: PodState,
     live: Option<Arc<Live>>,
     listener: Option<Arc<TcpListener>>,
+    /// Cookies of sockets that were connected before the pod was enrolled.
+    older: HashSet<u64>,
 }
 
 /// A pod whose programs are attached. Replaced whole when the pod changes.
@@ -134,6 +136,7 @@ impl Pod {
                 state: PodState::Attached,
                 live: None,
                 listener: None,
+                older: HashSet::new(),
             }),
         })
     }
@@ -175,6 +178,20 @@ impl Pod {
         self.change(|inner| inner.listener = None);
     }
 
+    #[must_use]
+    pub fn older(&self) -> HashSet<u64> {
+        self.read(|inner| inner.older.clone())
+    }
+
+    pub fn set_older(&self, older: HashSet<u64>) {
+        self.change(|inner| inner.older = older);
+    }
+
+    /// Forgets those that are not to be kept.
+    pub fn forget_older(&self, keep: impl Fn(&u64) -> bool) {
+        self.change(|inner| inner.older.retain(|cookie| keep(cookie)));
+    }
+
     pub fn set_live(&self, live: Live, listener: Arc<TcpListener>) {
         self.change(|inner| {
             inner.name = Arc::clone(&live.spec.name);
@@ -188,6 +205,7 @@ impl Pod {
         self.change(|inner| {
             inner.live = None;
             inner.listener = None;
+            inner.older.clear();
         });
     }
 }

@@ -6,19 +6,30 @@ use super::{
     ask::{Ask, json, print},
     table::{span, table},
 };
-use crate::life::admin::ConnectionLine;
+use crate::life::admin::{ConnectionLine, OlderLine};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Only those of this pod of the node: NAMESPACE/POD, or POD in any namespace.
     #[arg(long, value_name = "POD")]
     pod: Option<String>,
+    /// Those that are older than their pod's enrolment instead: they go on outside the mesh until they end.
+    #[arg(long)]
+    older: bool,
     #[command(flatten)]
     ask: Ask,
 }
 
 impl Args {
     pub fn run(self) -> anyhow::Result<ExitCode> {
+        if self.older {
+            let mut older: Vec<OlderLine> = self.ask.get("/older")?;
+            if let Some(pod) = &self.pod {
+                older.retain(|line| is_pod(&line.pod, pod));
+            }
+            print(&if self.ask.json { json(&older)? } else { older_text(&older) })?;
+            return Ok(ExitCode::SUCCESS);
+        }
         let mut connections: Vec<ConnectionLine> = self.ask.get("/connections")?;
         if let Some(pod) = &self.pod {
             connections.retain(|connection| is_of(connection, pod));
@@ -29,8 +40,19 @@ impl Args {
 }
 
 pub(super) fn is_of(connection: &ConnectionLine, pod: &str) -> bool {
-    let name = connection.pod.split_once('/').map_or("", |(_, name)| name);
-    connection.pod == pod || name == pod
+    is_pod(&connection.pod, pod)
+}
+
+/// Whether `namespace/name` is the pod that is meant.
+fn is_pod(full: &str, pod: &str) -> bool {
+    full == pod || full.split_once('/').is_some_and(|(_, name)| name == pod)
+}
+
+pub(super) fn older_text(older: &[OlderLine]) -> String {
+    let rows: Vec<_> =
+        older.iter().map(|line| vec![line.pod.clone(), line.local.clone(), line.remote.clone()]).collect();
+    let count = format!("{} connections older than their pod's enrolment\n", older.len());
+    if rows.is_empty() { count } else { table(&["POD", "ADDRESS", "PEER"], &rows) + "\n" + &count }
 }
 
 pub(super) fn text(connections: &[ConnectionLine]) -> String {

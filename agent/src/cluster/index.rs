@@ -22,6 +22,8 @@ use super::{
 
 /// Annotation on a pod: `open` or `closed`.
 const WHEN_UNATTENDED: &str = "heddle.dev/when-unattended";
+/// Annotation on a pod: `reset` or `keep`.
+const ON_ENROL: &str = "heddle.dev/on-enrol";
 /// Annotation on a namespace or pod: `mtls` or `kernel`.
 pub(super) const SAME_NODE: &str = "heddle.dev/same-node";
 
@@ -304,6 +306,7 @@ fn workload(
         terminating: pod.metadata.deletion_timestamp.is_some(),
         when_unattended: when_unattended(pod, warnings),
         same_node: same_node_of(pod, namespace, same_node, warnings),
+        reset_on_enrol: reset_on_enrol(pod, warnings),
         naming: naming::name(pod),
         place,
         probes: probes::ports(pod, &addresses),
@@ -323,6 +326,19 @@ fn addresses(pod: &Pod) -> Vec<IpAddr> {
         }
     }
     addresses
+}
+
+fn reset_on_enrol(pod: &Pod, warnings: &mut Vec<Warning>) -> bool {
+    match pod.metadata.annotations.as_ref().and_then(|annotations| annotations.get(ON_ENROL)).map(String::as_str) {
+        None | Some("keep") => false,
+        Some("reset") => true,
+        Some(other) => {
+            let message =
+                format!("{ON_ENROL}: {other:?} is neither reset nor keep: taken as keep; write one of the two");
+            warnings.push(Warning { object: object("Pod", &pod.metadata), field: "metadata.annotations", message });
+            false
+        }
+    }
 }
 
 fn when_unattended(pod: &Pod, warnings: &mut Vec<Warning>) -> Unattended {

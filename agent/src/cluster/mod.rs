@@ -37,7 +37,7 @@ pub use objects::Objects;
 pub use places::{AnnotatedPlaces, Announcement, NodePlaces, Places};
 pub(crate) use read::{Found, Manifest, read};
 pub use snapshot::{
-    Distribution, Endpoint, InvalidPolicy, Locality, Membership, Naming, Place, PolicyGap, PolicyKind, SameNode, ScrapeTarget,
-    Service, ServicePort, Snapshot, Unattended, View, Warning, Workload,
+    Distribution, Endpoint, InvalidPolicy, Locality, Membership, Naming, Place, PolicyGap, PolicyKind, SameNode,
+    ScrapeTarget, Service, ServicePort, Snapshot, Unattended, View, Warning, Workload,
 };
 pub use watch::{Source, SourceError};

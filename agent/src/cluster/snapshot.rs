@@ -182,6 +182,8 @@ pub struct Workload {
     pub terminating: bool,
     pub when_unattended: Unattended,
     pub same_node: SameNode,
+    /// Connections that are older than its enrolment are reset when it is enrolled (`heddle.dev/on-enrol: reset`).
+    pub reset_on_enrol: bool,
     /// Names for telemetry, derived from labels and owner as Istio does.
     pub naming: Naming,
     /// Where the node keeps the pod, as far as a manifest can say it.
@@ -218,6 +220,7 @@ impl Workload {
             terminating: false,
             when_unattended: Unattended::Closed,
             same_node: SameNode::Kernel,
+            reset_on_enrol: false,
             naming: Naming::default(),
             place: None,
             probes: BTreeSet::new(),

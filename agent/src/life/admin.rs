@@ -160,6 +160,16 @@ pub struct ConnectionLine {
     pub retransmissions: Option<u64>,
 }
 
+/// One of `GET /older`: a connection that is older than its pod's enrolment, and so outside the mesh.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OlderLine {
+    /// `namespace/name`.
+    pub pod: String,
+    /// The pod's own end.
+    pub local: String,
+    pub remote: String,
+}
+
 impl From<&PathFault> for PathLine {
     fn from(path: &PathFault) -> Self {
         let PathFault { from, to, reason, detail } = path;
@@ -267,6 +277,7 @@ pub struct Answers {
     pub trust: Box<dyn Fn() -> Trust + Send + Sync>,
     pub explain: Box<dyn Fn(&Question) -> Explaining + Send + Sync>,
     pub prove: Box<dyn Fn(proof::Request) -> Proving + Send + Sync>,
+    pub older: Box<dyn Fn() -> Vec<OlderLine> + Send + Sync>,
 }
 
 /// What a question comes to.
@@ -284,6 +295,7 @@ fn router(answers: Arc<Answers>) -> Router {
     Router::new()
         .route("/status", get(status))
         .route("/connections", get(connections))
+        .route("/older", get(older))
         .route("/certificates", get(async |State(answers): State<Arc<Answers>>| Json((answers.certificates)())))
         .route("/trust", get(async |State(answers): State<Arc<Answers>>| Json((answers.trust)())))
         .route("/policy/explain", get(explain))
@@ -300,6 +312,12 @@ async fn status(State(answers): State<Arc<Answers>>) -> Result<Json<Status>, (St
 /// There may be ten thousands of them: nothing for a worker that carries bytes.
 async fn connections(State(answers): State<Arc<Answers>>) -> Result<Json<Vec<ConnectionLine>>, (StatusCode, String)> {
     let listed = tokio::task::spawn_blocking(move || (answers.connections)()).await;
+    listed.map(Json).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))
+}
+
+/// The kernel is asked about the sockets of each pod that has any.
+async fn older(State(answers): State<Arc<Answers>>) -> Result<Json<Vec<OlderLine>>, (StatusCode, String)> {
+    let listed = tokio::task::spawn_blocking(move || (answers.older)()).await;
     listed.map(Json).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))
 }
 

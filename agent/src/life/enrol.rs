@@ -53,6 +53,8 @@ pub trait Stages: Clone + Send + Sync + 'static {
     fn carried(&self, uid: &str) -> usize;
     /// Closes them, and those that pass the agent by; gives how many.
     fn cut(&self, uid: &str) -> impl Future<Output = usize> + Send;
+    /// Closes the pod's connections that are older than its enrolment; gives how many.
+    fn reset_older(&self, uid: &str) -> impl Future<Output = Result<usize, CaptureError>> + Send;
     /// Takes the kernel's programs and the listener away, and leaves what carried connections need.
     fn release(&self, uid: &str) -> impl Future<Output = Result<(), CaptureError>> + Send;
     fn unlisten(&self, uid: &str) -> impl Future<Output = Result<(), CaptureError>> + Send;
@@ -123,6 +125,10 @@ impl Stages for Journey {
         let carried = self.tunnel.registry.live();
         let cut = cut(carried.iter().filter(|connection| is_of(connection, uid)).map(AsRef::as_ref));
         cut + self.lane.cut(uid).await
+    }
+
+    async fn reset_older(&self, uid: &str) -> Result<usize, CaptureError> {
+        self.tunnel.capture.reset_older(uid).await
     }
 
     async fn release(&self, uid: &str) -> Result<(), CaptureError> {

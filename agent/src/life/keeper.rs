@@ -144,6 +144,8 @@ pub(super) struct Keeper<S> {
     /// Since when the kernel gives it no new connections, while it leaves.
     released: Option<Instant>,
     failures: u32,
+    /// Connections that are older than the enrolment were reset, as the pod asks.
+    reset: bool,
     /// The last proof failed: what is attached may not be as it should be.
     wanting: bool,
     tried: bool,
@@ -159,7 +161,17 @@ enum Woken {
 
 impl<S: Stages> Keeper<S> {
     pub fn new(shared: Shared<S>, uid: Arc<str>) -> Self {
-        Self { shared, uid, spec: None, service: None, released: None, failures: 0, wanting: false, tried: false }
+        Self {
+            shared,
+            uid,
+            spec: None,
+            service: None,
+            released: None,
+            failures: 0,
+            reset: false,
+            wanting: false,
+            tried: false,
+        }
     }
 
     /// Follows `wanted` until the pod is gone and withdrawn, or the agent stops: then it is left pinned.
@@ -246,11 +258,31 @@ impl<S: Stages> Keeper<S> {
         self.shared.pods.set(pod, state, self.spec.as_ref());
         if captured {
             self.failures = 0;
+            if pod.reset_on_enrol && !std::mem::replace(&mut self.reset, true) {
+                self.reset_older(pod).await;
+            }
             // Spread, so that the proofs of many pods do not come all at once.
             limits::PROVE_INTERVAL.mul_f64(0.75 + fastrand::f64() / 4.0)
         } else {
             self.failures += 1;
             backoff(self.failures)
+        }
+    }
+
+    /// Closes the connections that are older than the enrolment: what the app opens again is captured.
+    async fn reset_older(&self, pod: &Workload) {
+        let (namespace, name) = (&pod.namespace, &pod.name);
+        match timeout(limits::ENROL_STEP, self.shared.stages.reset_older(&self.uid)).await {
+            Ok(Ok(0)) => {}
+            Ok(Ok(count)) => {
+                tracing::info!(%namespace, pod = %name, count, "Connections older than the enrolment were reset")
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(%namespace, pod = %name, reason = error.reason(), %error, "Older connections can't be reset");
+            }
+            Err(_) => {
+                tracing::warn!(%namespace, pod = %name, reason = "timeout", "Older connections were not reset in time")
+            }
         }
     }
 
@@ -344,6 +376,7 @@ impl<S: Stages> Keeper<S> {
             Ok(Ok(()) | Err(CaptureError::NotAttached(_))) => {
                 self.spec = None;
                 self.released = None;
+                self.reset = false;
                 self.failures = 0;
                 self.shared.pods.remove(&self.uid);
                 None

@@ -192,6 +192,13 @@ pub const SOCK_DIAG_BATCH: usize = 64;
 /// Longest answer about one socket (bytes): some 200 without what is not asked for.
 pub const SOCK_DIAG_ANSWER: usize = 4 << 10;
 
+/// Room for one part of the kernel's answer about all sockets of a pod (bytes): it sends at most half as much at a time.
+pub const SOCK_DIAG_DUMP: usize = 64 << 10;
+/// Connections of a pod that are remembered as older than its enrolment (connections), and those of which a later agent learns: their
+/// record is the target of a link, of at most 4,095 bytes.
+pub const OLDER: usize = 4_096;
+pub const OLDER_RECORDED: usize = 64;
+
 // cluster
 
 /// Longest path that a pod's annotation asks its metrics of (bytes).

@@ -16,7 +16,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    admin::{AdminError, Answers, CertificateLine, ConnectionLine, PathLine, PodLine, Socket, Status, Trust},
+    admin::{
+        AdminError, Answers, CertificateLine, ConnectionLine, OlderLine, PathLine, PodLine, Socket, Status, Trust,
+    },
     budget::{Budget, Machine, memory_available},
     cni::{Asked, CniStatus, Gate},
     config::{self, Config, PlacesBy},
@@ -398,6 +400,7 @@ impl Known {
         let (pods, problems) = (self.pods.clone(), self.problems.clone());
         let (repaired, cni) = (self.pods.clone(), self.cni.clone());
         let kubelet = self.kubelet.clone();
+        let aged = self.context.capture.clone();
         Sources {
             kubelet: Box::new(move || kubelet.report()),
             live: Box::new(move || live.registry.live()),
@@ -422,6 +425,7 @@ impl Known {
             pool: Arc::clone(self.context.registry.pool()),
             policy_gaps: Box::new(move || gaps.rules.load().gaps().len()),
             repairs: Box::new(move || repaired.repairs()),
+            older: Box::new(move || aged.older().iter().map(|(_, older)| older.len()).sum()),
             cni: Box::new(move || cni.installed()),
             budget: self.context.budget.clone(),
         }
@@ -434,6 +438,7 @@ impl Known {
         let rules = Arc::clone(&self.context.rules);
         let (explained, proving, known) = (self.context.clone(), self.context.clone(), self.pods.clone());
         let prover = Arc::new(Prover::default());
+        let (aged, named) = (self.context.capture.clone(), self.pods.clone());
         Answers {
             connections: Box::new(move || {
                 let rules = rules.load();
@@ -460,6 +465,23 @@ impl Known {
             prove: Box::new(move |request| {
                 let (context, pods, prover) = (proving.clone(), known.clone(), Arc::clone(&prover));
                 Box::pin(async move { prover.prove(&context, &pods.list(), &request).await })
+            }),
+            older: Box::new(move || {
+                let pods = named.list();
+                let name = |uid: &Arc<str>| {
+                    let pod = pods.iter().find(|pod| pod.uid == *uid);
+                    pod.map_or_else(|| uid.to_string(), |pod| format!("{}/{}", pod.namespace, pod.name))
+                };
+                let mut lines = Vec::new();
+                for (uid, older) in aged.older() {
+                    let pod = name(&uid);
+                    lines.extend(older.iter().map(|older| OlderLine {
+                        pod: pod.clone(),
+                        local: older.local.to_string(),
+                        remote: older.remote.to_string(),
+                    }));
+                }
+                lines
             }),
             status: Box::new(move || {
                 let waiting_for = self.readiness.waiting_for();

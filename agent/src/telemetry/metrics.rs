@@ -60,6 +60,8 @@ pub struct Sources {
     pub policy_gaps: Box<dyn Fn() -> usize + Send + Sync>,
     /// How often a pod's capture was found wanting and put in order.
     pub repairs: Box<dyn Fn() -> u64 + Send + Sync>,
+    /// Open connections that are older than their pod's enrolment.
+    pub older: Box<dyn Fn() -> usize + Send + Sync>,
     /// Whether the runtime asks before it starts a pod; `None` where there is no CNI to do so.
     pub cni: Box<dyn Fn() -> Option<bool> + Send + Sync>,
     /// How much of the budgets is used.
@@ -242,11 +244,17 @@ impl Metrics {
                 (sources.repairs)(),
             ),
         ];
+        let older = (
+            "heddle_connections_older",
+            "Open connections of this node's pods that are older than their enrolment, and so outside the mesh.",
+            MetricType::GAUGE,
+            (sources.older)() as u64,
+        );
         let cni = (sources.cni)().map(|installed| {
             let help = "Whether the container runtime asks the agent before it starts a pod.";
             ("heddle_cni_installed", help, MetricType::GAUGE, u64::from(installed))
         });
-        families.extend(single.into_iter().chain(cni).filter_map(|(name, help, kind, value)| {
+        families.extend(single.into_iter().chain([older]).chain(cni).filter_map(|(name, help, kind, value)| {
             let row = match kind {
                 MetricType::COUNTER => counter(vec![], value),
                 _ => gauge(vec![], as_f64(value)),

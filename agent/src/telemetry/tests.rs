@@ -147,6 +147,7 @@ pub(super) fn sources(live: Vec<Arc<Connection>>) -> Sources {
         pool: Arc::default(),
         policy_gaps: Box::new(|| 1),
         repairs: Box::new(|| 4),
+        older: Box::new(|| 6),
         cni: Box::new(|| Some(true)),
         budget: budget(),
     }

@@ -11,7 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     life::admin::{
-        AdminError, Answers, CertificateLine, ConnectionLine, PodLine, Socket, Status, Trust, TrustProblemLine, may_ask,
+        AdminError, Answers, CertificateLine, ConnectionLine, OlderLine, PodLine, Socket, Status, Trust,
+        TrustProblemLine, may_ask,
     },
     life::proof::{self, ProofError},
     policy::{Explained, QuestionError},
@@ -42,6 +43,7 @@ fn answers() -> Answers {
                 }
             })
         }),
+        older: Box::new(|| vec![OlderLine { pod: "shop/a".to_owned(), ..OlderLine::default() }]),
     }
 }
 
@@ -80,6 +82,8 @@ async fn the_socket_answers_questions_to_its_owner_only_and_goes_with_the_agent(
     assert_eq!(report.to, "shop/b:80");
     assert!(ask(&path, "POST /proof?from=shop/a&to=").await.starts_with("HTTP/1.1 400 "));
     assert!(ask(&path, "GET /proof?from=shop/a&to=shop/b:80").await.starts_with("HTTP/1.1 405 "));
+    let older: Vec<OlderLine> = json(&ask(&path, "GET /older").await);
+    assert_eq!(older[0].pod, "shop/a");
     assert!(ask(&path, "POST /status").await.starts_with("HTTP/1.1 405 "), "read-only");
     assert!(ask(&path, "GET /elsewhere").await.starts_with("HTTP/1.1 404 "));
     assert!(matches!(Socket::bind(&path).await, Err(AdminError::Taken(_))), "a running agent keeps its socket");

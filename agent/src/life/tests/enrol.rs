@@ -145,6 +145,10 @@ impl Stages for Fake {
         cut
     }
 
+    async fn reset_older(&self, uid: &str) -> Result<usize, CaptureError> {
+        self.step(format!("reset {uid}")).await.map(|()| 1)
+    }
+
     async fn release(&self, uid: &str) -> Result<(), CaptureError> {
         self.step(format!("release {uid}")).await.map_err(|_| CaptureError::Probe(std::io::Error::other("on purpose")))
     }
@@ -279,6 +283,24 @@ async fn what_fails_is_tried_again_until_it_works() {
         &["failed destinations 1", "destinations 1", "failed attach a", "attach a", "failed prove a", "prove a"],
     );
     assert_eq!(running.fake.count("attach a"), 2, "what a proof found wanting is put in order before the next");
+    running.end().await;
+}
+
+#[tokio::test]
+async fn older_connections_are_reset_once_and_only_where_the_pod_asks() {
+    let resets = Workload { reset_on_enrol: true, ..pod("a") };
+    let running = Running::start(&Fake::default(), snapshot(1, [resets, pod("b")]));
+    for uid in ["a", "b"] {
+        running.until("captured", |running| running.state(uid) == Some((true, ""))).await;
+    }
+    running.until("reset", |running| running.fake.has("reset a")).await;
+    in_order(&running.fake, &["prove a", "lane a", "reset a"]);
+    running
+        .snapshots
+        .send(snapshot(2, [Workload { ready: false, reset_on_enrol: true, ..pod("a") }, pod("b")]))
+        .unwrap();
+    running.until("proven again", |running| running.fake.count("prove a") == 2).await;
+    assert_eq!((running.fake.count("reset a"), running.fake.count("reset b")), (1, 0));
     running.end().await;
 }
 

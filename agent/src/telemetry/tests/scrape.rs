@@ -77,6 +77,7 @@ fn a_scrape_tells_what_every_stage_knows() {
         "heddle_policy_gaps 1",
         "heddle_capture_repairs_total 4",
         "heddle_cni_installed 1",
+        "heddle_connections_older 6",
         "heddle_lane_events_lost_total 3",
         "heddle_lane_verdicts{action=\"allow\"} 5",
         "heddle_lane_verdicts{action=\"deny\"} 2",
