@@ -114,3 +114,60 @@ fn the_plugin_is_in_the_list_whatever_the_cni_writes() -> Result {
     assert!(list().contains("heddle-cni"), "an agent that goes leaves the gate closed");
     Ok(())
 }
+
+#[test]
+fn a_node_that_has_lost_agent_and_pins_has_every_pod_captured_again() -> Result {
+    needs_root!();
+    needs_program!("containerd");
+    const ALIVE: usize = 12;
+    let lab = Lab::builder().containers().start()?;
+    let (here, there) = (Containerd::start(&lab, 1)?, Containerd::start(&lab, 2)?);
+    let server = there.pod(&lab, "shop", "server", &["serve", "reply:7000"]).start()?;
+    let pods = (0..ALIVE)
+        .map(|number| here.pod(&lab, "shop", &format!("pod-{number}"), &["pause"]).start())
+        .collect::<Result<Vec<_>>>()?;
+    // As after a reboot: no agent, none of its programs, and of its memory only what is on disk.
+    let agent = lab.agent(1)?;
+    agent.daemon.kill()?;
+    std::fs::remove_dir_all(&agent.bpffs)?;
+    let begin = std::time::Instant::now();
+    agent.start()?;
+    for pod in &pods {
+        pod.wait_captured()?;
+    }
+    println!("{ALIVE} pods captured again in {:?}", begin.elapsed());
+    assert_eq!(agent.status_text()?.status.code(), Some(0), "uncaptured: 0");
+    let recording = lab.record()?;
+    for pod in &pods {
+        assert_eq!(pod.connect(server.at(7000), "x")?.received, "x");
+    }
+    assert_eq!(recording.finish()?.to_port(7000).count(), 0);
+    Ok(())
+}
+
+#[test]
+fn what_somebody_takes_out_of_a_pods_netns_is_put_back() -> Result {
+    needs_root!();
+    let lab = Lab::two_nodes()?;
+    let server = lab.pod("shop", "server").on(2).serves(&["echo:7000"]).start()?;
+    let client = lab.pod("shop", "client").start()?;
+    let whole = client.kernel_state()?;
+    for line in ["-4 rule flush", "-4 rule add pref 32766 lookup main", "-4 rule add pref 32767 lookup default"] {
+        let args: Vec<&str> = line.split(' ').collect();
+        client.netns().show(&args)?;
+    }
+    let tampered = client.kernel_state()?;
+    assert_ne!(tampered, whole);
+    // A marked connection finds no way but the main table's, and there policy can't follow: it is refused as soon as that is seen.
+    until(Duration::from_secs(90), "the repair", || {
+        lab.agent(1).ok()?.metrics().ok().filter(|scrape| scrape.sum("heddle_capture_repairs_total", &[]) > 0.5).map(drop)
+    })?;
+    client.wait_captured()?;
+    let repaired = client.kernel_state()?;
+    for line in whole.lines().filter(|line| line.contains("fwmark")) {
+        assert!(repaired.contains(line), "{line} is not in\n{repaired}");
+    }
+    assert!(lab.agent(1)?.status_text()?.stdout.contains("put in order"));
+    client.connect(server.at(7000)).say("x").with("--expect", 1).run()?;
+    Ok(())
+}

@@ -14,7 +14,7 @@ use std::{fmt, path::PathBuf};
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::watch;
 
-pub use node::{Announcement, NodePlaces};
+pub use node::{Announcement, MIRROR, NodePlaces, STATIC_POD};
 
 use super::Place;
 

@@ -20,7 +20,7 @@ use serde_json::{Map, Value};
 use crate::cluster::{
     enrolment::{DATAPLANE_MODE, MESH, SIDECAR},
     index::{REGION, SAME_NODE},
-    places::{CGROUP, NETNS},
+    places::{CGROUP, MIRROR, NETNS, STATIC_POD},
     services::{SERVICE_NAME, ZONE},
 };
 
@@ -75,7 +75,7 @@ pub(super) fn pod(mut pod: Pod, here: &str) -> Pod {
     let spec = pod.spec.take().unwrap_or_default();
     let own = spec.node_name.as_deref() == Some(here);
     let mut annotations = some(metadata.annotations.take(), |key| {
-        matches!(key, SIDECAR | NETNS | CGROUP) || key.starts_with(OWN) || own && key.starts_with(SCRAPED)
+        matches!(key, SIDECAR | NETNS | CGROUP | MIRROR | STATIC_POD) || key.starts_with(OWN) || own && key.starts_with(SCRAPED)
     });
     if let Some(sidecar) = annotations.as_mut().and_then(|annotations| annotations.get_mut(SIDECAR)) {
         // That it is there says all; what it says is long.

@@ -37,9 +37,9 @@ use crate::{
 };
 
 /// Annotation of the object that stands for a static pod: kubelet's own uid of it.
-const STATIC_POD: &str = "kubernetes.io/config.hash";
+pub const STATIC_POD: &str = "kubernetes.io/config.hash";
 /// Marks that object.
-const MIRROR: &str = "kubernetes.io/config.mirror";
+pub const MIRROR: &str = "kubernetes.io/config.mirror";
 
 /// What the CNI plugin tells of a pod whose network was just made.
 #[derive(Debug)]
