@@ -160,7 +160,12 @@ fn what_somebody_takes_out_of_a_pods_netns_is_put_back() -> Result {
     assert_ne!(tampered, whole);
     // A marked connection finds no way but the main table's, and there policy can't follow: it is refused as soon as that is seen.
     until(Duration::from_secs(90), "the repair", || {
-        lab.agent(1).ok()?.metrics().ok().filter(|scrape| scrape.sum("heddle_capture_repairs_total", &[]) > 0.5).map(drop)
+        lab.agent(1)
+            .ok()?
+            .metrics()
+            .ok()
+            .filter(|scrape| scrape.sum("heddle_capture_repairs_total", &[]) > 0.5)
+            .map(drop)
     })?;
     client.wait_captured()?;
     let repaired = client.kernel_state()?;

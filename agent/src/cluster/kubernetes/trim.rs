@@ -75,7 +75,9 @@ pub(super) fn pod(mut pod: Pod, here: &str) -> Pod {
     let spec = pod.spec.take().unwrap_or_default();
     let own = spec.node_name.as_deref() == Some(here);
     let mut annotations = some(metadata.annotations.take(), |key| {
-        matches!(key, SIDECAR | NETNS | CGROUP | MIRROR | STATIC_POD) || key.starts_with(OWN) || own && key.starts_with(SCRAPED)
+        matches!(key, SIDECAR | NETNS | CGROUP | MIRROR | STATIC_POD)
+            || key.starts_with(OWN)
+            || own && key.starts_with(SCRAPED)
     });
     if let Some(sidecar) = annotations.as_mut().and_then(|annotations| annotations.get_mut(SIDECAR)) {
         // That it is there says all; what it says is long.

@@ -2,17 +2,15 @@
 //! in which nothing runs yet.
 //!
 //! One thread looks for all pods: when a pod is asked for that is not known, when one is announced, and at a slow poll. What it
-//! finds replaces what it found before. It opens nothing of a pod and enters none.
+//! finds replaces what it found before. It opens nothing of a pod and enters none. Cgroups are told from the root of the hierarchy, in
+//! the node's own cgroup namespace: the agent has entered it before there were threads.
 
 use std::{
     collections::{BTreeMap, HashSet},
     fs::File,
     io,
     net::IpAddr,
-    os::{
-        fd::{AsFd, AsRawFd},
-        unix::fs::MetadataExt,
-    },
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak,
@@ -24,7 +22,6 @@ use std::{
 };
 
 use k8s_openapi::api::core::v1::Pod;
-use nix::sched::{CloneFlags, setns};
 use tokio::sync::watch;
 
 use super::{
@@ -97,7 +94,6 @@ impl NodePlaces {
         let (looked, first) = sync_channel(1);
         let weak = Arc::downgrade(&shared);
         let follow = move || {
-            enter_nodes_cgroups();
             let mut scanner = Scanner { proc: "/proc".into(), failed: false };
             let first = scan::mount(&scanner.proc)
                 .and_then(|mount| weak.upgrade().map_or(Ok(()), |shared| scanner.look(&shared, &mount)));
@@ -178,23 +174,6 @@ fn kubelet_uid(pod: &Pod) -> Option<&str> {
     match annotation(MIRROR) {
         Some(hash) => Some(annotation(STATIC_POD).unwrap_or(hash)),
         None => pod.metadata.uid.as_deref(),
-    }
-}
-
-/// Takes the calling thread into the node's own cgroup namespace, so that every path is one from the root of the hierarchy: an
-/// agent in a container has a namespace of its own, as long as nothing else was asked for.
-fn enter_nodes_cgroups() {
-    // The kernel's first one (`PROC_CGROUP_INIT_INO`) has every path from the root.
-    const FIRST: u64 = 0xEFFF_FFFB;
-    if std::fs::metadata("/proc/thread-self/ns/cgroup").is_ok_and(|own| own.ino() == FIRST) {
-        return;
-    }
-    let entered = File::open("/proc/1/ns/cgroup").and_then(|nodes| {
-        setns(nodes.as_fd(), CloneFlags::CLONE_NEWCGROUP)?;
-        Ok(())
-    });
-    if let Err(error) = entered {
-        tracing::warn!(%error, "The node's cgroup namespace can't be entered: pods are found only where it is the agent's own");
     }
 }
 
