@@ -185,3 +185,20 @@ fn a_probe_of_another_host_opens_nothing_and_a_hook_of_the_pods_life_does() -> R
     assert!(passes(kubelet.probe(&lab, &elsewhere, OTHER)?)?, "a hook comes from the kubelet too");
     Ok(())
 }
+
+#[test]
+fn a_kubelet_in_the_root_cgroup_can_not_be_told_apart_and_gets_no_pass() -> Result {
+    needs_root!();
+    let root = cgroup::mount()?;
+    let given = ["--kubelet-cgroup", root.to_str().unwrap_or_default()];
+    let lab = Lab::builder().nodes(1).agent_args(&given).start()?;
+    lab.require("shop", "strict", &json!({"mtls": {"mode": "STRICT"}}))?;
+    let server = probed(&lab, "server").start()?;
+    unattested(&lab, "root_cgroup")?;
+    assert!(!passes(server.connect(server.at(PROBED)).on_the_host(&lab)?)?);
+    let agent = lab.agent(1)?;
+    assert!((agent.metrics()?.with("heddle_kubelet_attested", &[("reason", "root_cgroup")]).count()) == 1);
+    let told = agent.daemon.log().matches("The kubelet's probes are not let through").count();
+    assert_eq!(told, 1, "said once");
+    Ok(())
+}
