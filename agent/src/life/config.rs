@@ -5,7 +5,7 @@
 
 use std::{net::SocketAddr, num::NonZero, path::PathBuf, sync::Arc, time::Duration};
 
-use super::{cni::CniConfig, limits};
+use super::{cni::CniConfig, limits, node::Taint};
 use crate::{
     cluster::SameNode,
     cni,
@@ -45,6 +45,12 @@ pub struct Raw {
     /// Another way to the API server.
     #[arg(long, env = "HEDDLE_KUBECONFIG", value_name = "FILE", requires = "kubernetes")]
     pub kubeconfig: Option<PathBuf>,
+    /// Take the taint heddle.dev/not-ready off this node once capture works; needs --kubernetes, and get and patch of nodes.
+    #[arg(long, env = "HEDDLE_STARTUP_TAINT", requires = "kubernetes")]
+    pub startup_taint: bool,
+    /// The same, and put it on again while the agent is not ready or ends.
+    #[arg(long, env = "HEDDLE_NODE_TAINT", requires = "kubernetes")]
+    pub node_taint: bool,
     /// How a pod's network namespace and cgroup are found on this node [default: node with --kubernetes, else annotated].
     #[arg(long, env = "HEDDLE_PLACES", value_enum, value_name = "HOW")]
     pub places: Option<PlacesBy>,
@@ -167,6 +173,7 @@ pub enum PlacesBy {
 pub struct Config {
     pub node: Arc<str>,
     pub source: Source,
+    pub taint: Taint,
     pub state_dir: PathBuf,
     pub places: PlacesBy,
     /// `None` where no CNI asks.
@@ -237,6 +244,11 @@ impl Raw {
         Ok(Config {
             node: named("--node", self.node, "give the node's name, as in spec.nodeName of its pods")?.into(),
             source: source(self.manifests, self.kubernetes, self.kubeconfig)?,
+            taint: match (self.startup_taint, self.node_taint) {
+                (_, true) => Taint::Kept,
+                (true, false) => Taint::TakenOff,
+                (false, false) => Taint::Left,
+            },
             state_dir: absolute(
                 "--state-dir",
                 self.state_dir.clone(),

@@ -30,6 +30,7 @@ use super::{
     kubelet::{self, Kubelet},
     lane::{Lane, Told},
     limits,
+    node::Node,
     proof::Prover,
     readiness::{self, Blocker, Readiness},
     records, scrape,
@@ -255,6 +256,13 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
         let asked = Asked { node: Arc::clone(&config.node), view: view.clone(), places, pods: pods.clone() };
         gate.run(asked, &stop).map_err(|error| StartError::System("can't keep the CNI plugin installed", error))?;
     }
+    let telling = match config.source.clone() {
+        config::Source::Kubernetes(kubeconfig) => {
+            let node = Node::new(Arc::clone(&config.node), config.taint);
+            Some(tokio::spawn(node.tell(kubeconfig, readiness.clone(), pods.clone(), stop.clone())))
+        }
+        config::Source::Manifests(_) => None,
+    };
     tokio::spawn(lane.clone().follow(misses, stop.clone()));
     let journey = Journey { tunnel: context.clone(), lane };
     let enrolment = Enrolment::new(journey, Arc::clone(&config.node), pods, enrolling, stop.clone());
@@ -289,6 +297,9 @@ async fn agent(config: Config, budget: Budget) -> Result<(), StartError> {
     tracing::info!("drained: {} completed, {} cut", drained.completed, drained.cut);
     if let Some(exporting) = exporting {
         exporting.finish().await;
+    }
+    if let Some(telling) = telling {
+        let _how_it_ended = timeout(limits::NODE_CALL, telling).await;
     }
     serving.cancel();
     let _how_it_ended = timeout(limits::CUT_WAIT, admin).await;

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use k8s_openapi::{
     api::{
         core::v1::{
-            Container, ContainerPort, Namespace, Node, ObjectReference, Pod, PodCondition, PodSpec, PodStatus, Probe,
-            Service, ServicePort, ServiceSpec,
+            Container, ContainerPort, Lifecycle, LifecycleHandler, Namespace, Node, ObjectReference, Pod, PodCondition,
+            PodSpec, PodStatus, Probe, Service, ServicePort, ServiceSpec,
         },
         discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice},
     },
@@ -141,8 +141,23 @@ fn container(container: Container) -> Container {
         liveness_probe: container.liveness_probe.and_then(probe),
         readiness_probe: container.readiness_probe.and_then(probe),
         startup_probe: container.startup_probe.and_then(probe),
+        lifecycle: container.lifecycle.and_then(lifecycle),
         ..Container::default()
     }
+}
+
+/// Hooks by HTTP: where to.
+fn lifecycle(life: Lifecycle) -> Option<Lifecycle> {
+    let http = |hook: Option<LifecycleHandler>| {
+        let get = hook?.http_get.map(|mut get| {
+            get.http_headers = None;
+            get
+        });
+        get.map(|get| LifecycleHandler { http_get: Some(get), ..LifecycleHandler::default() })
+    };
+    let (post_start, pre_stop) = (http(life.post_start), http(life.pre_stop));
+    let any = post_start.is_some() || pre_stop.is_some();
+    any.then(|| Lifecycle { post_start, pre_stop, ..Lifecycle::default() })
 }
 
 /// One that connects: where to.

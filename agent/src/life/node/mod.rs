@@ -5,14 +5,17 @@
 
 mod events;
 mod taint;
+#[cfg(test)]
+mod tests;
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use kube::Client;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{keeper::Pods, limits, readiness::Readiness};
+use crate::cluster::api_client;
 pub use events::fix;
 pub use taint::TAINT;
 
@@ -40,14 +43,36 @@ impl NodeError {
 #[derive(Clone, Debug)]
 pub struct Node {
     name: Arc<str>,
-    /// The taint is put on again while the agent is not ready.
-    keeps_taint: bool,
+    taint: Taint,
+}
+
+/// What the agent does with its node's startup taint.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Taint {
+    /// It is not looked at.
+    #[default]
+    Left,
+    /// Taken off once capture works.
+    TakenOff,
+    /// The same, and put on again while the agent is not ready or does not run.
+    Kept,
 }
 
 impl Node {
     #[must_use]
-    pub fn new(name: Arc<str>, keeps_taint: bool) -> Self {
-        Self { name, keeps_taint }
+    pub fn new(name: Arc<str>, taint: Taint) -> Self {
+        Self { name, taint }
+    }
+
+    /// As [`Node::follow`], by the way to the API server that the kubeconfig says.
+    pub async fn tell(self, kubeconfig: Option<PathBuf>, readiness: Readiness, pods: Pods, stop: CancellationToken) {
+        match api_client(kubeconfig.as_deref()).await {
+            Ok(client) => self.follow(client, readiness, pods, stop).await,
+            Err(error) => {
+                let reason = error.reason();
+                tracing::warn!(reason, %error, "Neither the node's taint nor events on pods can be written");
+            }
+        }
     }
 
     /// Tells until `stop`; a node that keeps its taint has it when this is done.
@@ -56,6 +81,10 @@ impl Node {
     }
 
     async fn follow_taint(&self, client: &Client, readiness: &Readiness, stop: &CancellationToken) {
+        if self.taint == Taint::Left {
+            return;
+        }
+        let kept = self.taint == Taint::Kept;
         let mut due = interval(limits::NODE_LOOK);
         due.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut state = taint::State::default();
@@ -63,7 +92,7 @@ impl Node {
         while stop.run_until_cancelled(due.tick()).await.is_some() {
             let now = Instant::now();
             let ready = readiness.waiting_for().is_empty();
-            let Some(wanted) = state.wanted(ready, self.keeps_taint, now).filter(|_| tries.due(now)) else { continue };
+            let Some(wanted) = state.wanted(ready, kept, now).filter(|_| tries.due(now)) else { continue };
             match call(taint::set(client, &self.name, wanted)).await {
                 Ok(changed) => {
                     tries = Tries::default();
@@ -80,9 +109,7 @@ impl Node {
                 }
             }
         }
-        if self.keeps_taint
-            && let Err(error) = call(taint::set(client, &self.name, true)).await
-        {
+        if kept && let Err(error) = call(taint::set(client, &self.name, true)).await {
             tracing::warn!(node = %self.name, taint = TAINT, reason = error.reason(), %error, "The taint was not put on");
         }
     }

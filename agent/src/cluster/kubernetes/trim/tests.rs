@@ -183,3 +183,25 @@ fn of_a_policy_all_but_status_and_foreign_metadata_is_kept() {
         })
     );
 }
+
+#[test]
+fn what_the_kubelet_connects_to_is_kept_of_the_nodes_own_pods() {
+    let whole: Pod = serde_json::from_value(json!({
+        "metadata": {"name": "web", "namespace": "shop"},
+        "spec": {"nodeName": "node-1", "containers": [{
+            "name": "web", "ports": [{"name": "http", "containerPort": 8080}],
+            "livenessProbe": {"httpGet": {"port": "http"}}, "readinessProbe": {"tcpSocket": {"port": 8081}},
+            "startupProbe": {"grpc": {"port": 9000}},
+            "lifecycle": {
+                "postStart": {"httpGet": {"port": 8082, "host": "192.0.2.1"}},
+                "preStop": {"httpGet": {"port": 8083, "httpHeaders": [{"name": "a", "value": "b"}]}},
+            },
+        }], "initContainers": [{"name": "side", "startupProbe": {"tcpSocket": {"port": 8084}}}]},
+    }))
+    .unwrap();
+    let ports = crate::cluster::probes::ports;
+    let known = ports(&whole, &[]);
+    assert_eq!(known.len(), 5);
+    assert_eq!(ports(&pod(whole.clone(), "node-1"), &[]), known);
+    assert!(ports(&pod(whole, "node-2"), &[]).is_empty(), "of other nodes' pods nobody asks");
+}
