@@ -2,6 +2,7 @@
 
 mod api;
 mod node;
+mod rights;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,6 +15,28 @@ use std::{
 use anyhow::{Context, ensure};
 use heddle_lab::{Lab, Result, binaries, needs_program, needs_root};
 use serde_json::Value;
+
+/// Ends the test that it stands in, with a note, where there is no kubectl, or one whose kustomize is of before 2021.
+macro_rules! needs_kubectl {
+    () => {
+        needs_program!("kubectl");
+        if kubectl_minor()? < 21 {
+            fn here() {}
+            let test = std::any::type_name_of_val(&here).trim_end_matches("::here");
+            heddle_lab::skip(test, "needs kubectl 1.21 or newer: Debian's package kubernetes-client is older");
+            return Ok(());
+        }
+    };
+}
+
+/// 32 of kubectl 1.32.
+fn kubectl_minor() -> Result<u32> {
+    let told = run(Command::new("kubectl").args(["version", "--client", "-o", "json"]), "")?;
+    let told: Value = serde_json::from_str(&told)?;
+    let minor = told["clientVersion"]["minor"].as_str().unwrap_or_default();
+    let digits: String = minor.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().with_context(|| told.to_string())
+}
 
 /// `deploy/` of the repository.
 fn deploy() -> PathBuf {
@@ -87,7 +110,7 @@ fn install(args: &[&str]) -> Result<String> {
 
 #[test]
 fn every_overlay_renders_and_no_field_is_unknown_to_kubernetes() -> Result {
-    needs_program!("kubectl");
+    needs_kubectl!();
     for folder in deployable()? {
         let objects = rendered(&folder).with_context(|| folder.display().to_string())?;
         ensure!(!objects.is_empty(), "{}: nothing", folder.display());
@@ -100,7 +123,7 @@ fn every_overlay_renders_and_no_field_is_unknown_to_kubernetes() -> Result {
 
 #[test]
 fn heddle_install_prints_what_the_default_overlay_renders() -> Result {
-    needs_program!("kubectl");
+    needs_kubectl!();
     let overlay = by_name(rendered(&deploy().join("overlays/default"))?);
     let printed = by_name(documents(&install(&[])?)?);
     assert_eq!(printed.keys().collect::<Vec<_>>(), overlay.keys().collect::<Vec<_>>());
@@ -129,7 +152,7 @@ fn heddle_install_prints_what_the_default_overlay_renders() -> Result {
 
 #[test]
 fn kubectl_is_content_with_what_is_printed_for_installing_and_uninstalling() -> Result {
-    needs_program!("kubectl");
+    needs_kubectl!();
     let server = api::Discovery::start()?;
     let home = tempfile::tempdir()?;
     let kubectl = |args: &[&str], text: &str| {

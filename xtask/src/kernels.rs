@@ -150,20 +150,26 @@ impl Kernel {
     fn get(suite: &str) -> Result<Self> {
         let work = target().join("kernels").join(suite);
         let unpacked = work.join("unpacked");
-        if !unpacked.join("boot").is_dir() {
+        if !unpacked.is_dir() {
             let archive = Suite::open(suite, &work)?;
             let package = archive.dependency("linux-image-amd64", "linux-image-")?;
             println!("fetching {package}");
             let half = work.join("half");
             archive.unpack(&package, &half)?;
+            if !half.join("boot").is_dir() {
+                // From 2026 on the package is a name for two, and the image lies with the modules.
+                for start in ["linux-binary-", "linux-modules-"] {
+                    archive.unpack(&archive.dependency(&package, start)?, &half)?;
+                }
+            }
             fs::rename(&half, &unpacked).with_context(|| unpacked.display().to_string())?;
         }
-        let image = newest(&unpacked.join("boot"), |name| name.starts_with("vmlinuz-"))?.context("no kernel image")?;
-        let name = image.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let release = name.trim_start_matches("vmlinuz-").to_owned();
         let folders = [unpacked.join("lib/modules"), unpacked.join("usr/lib/modules")];
-        let modules = folders.iter().map(|folder| folder.join(&release)).find(|folder| folder.is_dir());
-        let modules = modules.with_context(|| format!("no modules of {release}"))?;
+        let folder = folders.iter().find(|folder| folder.is_dir()).context("no modules in the package")?;
+        let modules = newest(folder, |_| true)?.context("no modules in the package")?;
+        let release = modules.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+        let images = [unpacked.join("boot").join(format!("vmlinuz-{release}")), modules.join("vmlinuz")];
+        let image = images.into_iter().find(|image| image.is_file()).context("no kernel image in the package")?;
         if !modules.join("modules.dep").is_file() {
             // depmod looks for lib/modules below its base, and a newer package has usr/lib/modules.
             if !unpacked.join("lib").exists() {

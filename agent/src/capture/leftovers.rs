@@ -25,7 +25,7 @@ use super::{
     route::{Link, to_io},
 };
 
-const PROGRAMS: [&str; 8] = [
+const PROGRAMS: [&str; 11] = [
     programs::CONNECT4,
     programs::CONNECT6,
     programs::LOOKUP,
@@ -34,9 +34,12 @@ const PROGRAMS: [&str; 8] = [
     programs::PEERNAME4,
     programs::PEERNAME6,
     programs::OBSERVE,
+    programs::KUBELET,
+    programs::KUBELET4,
+    programs::KUBELET6,
 ];
 /// Names that nobody else gives a map.
-const MAPS: [&str; 8] = [
+const MAPS: [&str; 10] = [
     maps::DESTINATIONS,
     maps::ATTESTED,
     maps::LISTENERS,
@@ -45,6 +48,8 @@ const MAPS: [&str; 8] = [
     maps::DENIALS,
     maps::LOOKED,
     maps::ADMITTED,
+    maps::PROBE_PORTS,
+    maps::PROBING,
 ];
 /// Where runtimes keep network namespaces without a process.
 const NAMED: &str = "/run/netns";

@@ -48,6 +48,7 @@ fn contained(capabilities: &[String]) -> String {
 fn an_agent_needs_no_more_than_its_manifest_gives_it() -> Result {
     needs_root!();
     needs_program!("setpriv");
+    needs_program!("unshare");
     let script = contained(&capabilities()?);
     let under = ["unshare", "--mount", "--propagation", "slave", "--cgroup", "--", "sh", "-c", &script, "agent"];
     let lab = Lab::builder().agents_under(&under).start()?;
@@ -91,9 +92,10 @@ fn after_an_uninstall_nothing_of_a_node_is_left_and_before_it_everything_is_list
     fs::write(state.join("snapshot"), "x")?;
     let conf = lab.dir().join("cni");
     fs::create_dir_all(&conf)?;
-    fs::write(conf.join("10.conflist"), r#"{"plugins": [{"type": "bridge"}]}"#)?;
+    fs::write(conf.join("10.conflist"), r#"{"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": "bridge"}, {"type": "heddle-cni"}]}"#)?;
     let (state, conf) = (state.display().to_string(), conf.display().to_string());
-    let places = ["--bpffs", &bpffs, "--state-dir", &state, "--cni-bin-dir", &conf, "--cni-conf-dir", &conf];
+    let cni_socket = lab.dir().join("cni.sock").display().to_string();
+    let places = ["--cni-socket", &cni_socket, "--bpffs", &bpffs, "--state-dir", &state, "--cni-bin-dir", &conf, "--cni-conf-dir", &conf];
     let left = |more: &[&str]| -> Result<(Option<i32>, Vec<(String, String)>)> {
         let output = agent.ask(&[&["uninstall", "--verify", "--json"], more, &places[..]].concat())?;
         let list: Vec<Value> = serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))?;
@@ -102,7 +104,7 @@ fn after_an_uninstall_nothing_of_a_node_is_left_and_before_it_everything_is_list
     };
     let (status, all) = left(&[])?;
     assert_eq!(status, Some(1));
-    for kind in ["program", "map", "pin", "rule", "route", "socket", "state"] {
+    for kind in ["program", "map", "pin", "rule", "route", "socket", "state", "cni entry"] {
         ensure!(all.iter().any(|(one, _)| one == kind), "no {kind} in {all:?}");
     }
     // Labs beside this one have programs, maps and pods of their own, which stay: what is ours was not there without us.

@@ -7,6 +7,7 @@ use anyhow::Context;
 use clap::ValueEnum;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
     CustomResourceDefinition, CustomResourceSubresourceStatus, CustomResourceSubresources, JSONSchemaProps,
+    JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
 };
 use kube::{Api, CustomResourceExt, ResourceExt};
 use serde_json::json;
@@ -100,12 +101,31 @@ fn complete(mut crd: CustomResourceDefinition, short: &str) -> anyhow::Result<Cu
     });
     let schema = first.schema.as_mut().and_then(|schema| schema.open_api_v3_schema.as_mut());
     let properties = schema.and_then(|schema| schema.properties.as_mut());
-    properties.with_context(|| format!("{name} has no schema"))?.insert("status".to_owned(), status()?);
+    let properties = properties.with_context(|| format!("{name} has no schema"))?;
+    properties.get_mut("spec").map(keep_unknown);
+    properties.insert("status".to_owned(), status()?);
     let mut older = first.clone();
     OLDER.clone_into(&mut older.name);
     older.storage = false;
     crd.spec.versions.push(older);
     Ok(crd)
+}
+
+/// Has the API server keep fields that nobody knows. It would drop them, and what is left of a misspelt rule may be one that allows
+/// everything; heddle denies for a field that it does not know, and says so in the policy's status.
+fn keep_unknown(schema: &mut JSONSchemaProps) {
+    for property in schema.properties.iter_mut().flat_map(|properties| properties.values_mut()) {
+        keep_unknown(property);
+    }
+    if schema.properties.is_some() {
+        schema.x_kubernetes_preserve_unknown_fields = Some(true);
+    }
+    if let Some(JSONSchemaPropsOrArray::Schema(items)) = &mut schema.items {
+        keep_unknown(items);
+    }
+    if let Some(JSONSchemaPropsOrBool::Schema(values)) = &mut schema.additional_properties {
+        keep_unknown(values);
+    }
 }
 
 /// `status`: conditions as everywhere in Kubernetes, and whatever Istio puts beside them.

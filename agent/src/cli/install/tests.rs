@@ -106,7 +106,7 @@ fn what_operators_change_is_changed_and_nothing_else() {
     }
     let agent = pod(&objects, "DaemonSet", "heddle-agent");
     let given = args(agent);
-    for arg in ["--same-node=mtls", "--startup-taint", "--drain-grace=60s"] {
+    for arg in ["--same-node=mtls", "--drain-grace=60s"] {
         assert!(given.contains(&arg), "{given:?}");
     }
     let resources = &agent["containers"][0]["resources"];
@@ -200,6 +200,23 @@ fn the_crds_are_those_of_deploy_and_fit_the_structural_rules() {
     }
     assert_eq!(crds[0].metadata.name.as_deref(), Some("authorizationpolicies.security.istio.io"));
     assert_eq!(crds[1].metadata.name.as_deref(), Some("peerauthentications.security.istio.io"));
+}
+
+#[test]
+fn a_misspelt_field_of_a_policy_reaches_heddle() {
+    let level = |schema: &Value| schema["x-kubernetes-preserve-unknown-fields"] == true;
+    for crd in crds::all().unwrap() {
+        for version in &crd.spec.versions {
+            let schema = serde_json::to_value(&version.schema).unwrap();
+            let spec = &schema["openAPIV3Schema"]["properties"]["spec"];
+            assert!(level(spec));
+            if crd.spec.names.kind == "AuthorizationPolicy" {
+                let rule = &spec["properties"]["rules"]["items"];
+                let source = &rule["properties"]["from"]["items"]["properties"]["source"];
+                assert!(level(rule) && level(source), "{rule}");
+            }
+        }
+    }
 }
 
 /// The rules of structural schemas that the API server enforces: a type everywhere, and properties beside no others.

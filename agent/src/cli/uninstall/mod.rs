@@ -19,6 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::ask::print;
 use crate::{
     capture::{CaptureConfig, Handle, ProbeCommand, container},
+    cni,
     life::config::{ADMIN_SOCKET, BPFFS, STATE_DIR},
 };
 
@@ -49,14 +50,17 @@ struct Node {
     /// Admin socket of the agent, which must not run any more.
     #[arg(long, env = "HEDDLE_ADMIN_SOCKET", default_value = ADMIN_SOCKET, value_name = "FILE")]
     admin_socket: PathBuf,
+    /// Socket on which the CNI plugin asks.
+    #[arg(long, env = "HEDDLE_CNI_SOCKET", default_value = cni::SOCKET, value_name = "FILE")]
+    cni_socket: PathBuf,
     /// What the agent remembers.
     #[arg(long, env = "HEDDLE_STATE_DIR", default_value = STATE_DIR, value_name = "DIR")]
     state_dir: PathBuf,
     /// The node's CNI plugins, where heddle's is among them.
-    #[arg(long, env = "HEDDLE_CNI_BIN_DIR", value_name = "DIR")]
+    #[arg(long, env = "HEDDLE_CNI_BIN_DIR", requires = "cni_conf_dir", value_name = "DIR")]
     cni_bin_dir: Option<PathBuf>,
     /// The node's CNI configuration.
-    #[arg(long, env = "HEDDLE_CNI_CONF_DIR", value_name = "DIR")]
+    #[arg(long, env = "HEDDLE_CNI_CONF_DIR", requires = "cni_bin_dir", value_name = "DIR")]
     cni_conf_dir: Option<PathBuf>,
     /// This node, to look for the taint that agents take off. Needs a way to the API server.
     #[arg(long, env = "HEDDLE_NODE", value_name = "NAME")]
@@ -101,12 +105,15 @@ fn clean(node: &Node) -> anyhow::Result<()> {
     if UnixStream::connect(&node.admin_socket).is_ok() {
         bail!("an agent answers at {}: stop it first, or it enrols the pods again", node.admin_socket.display());
     }
-    if let (Some(_), Some(conf)) = (&node.cni_bin_dir, &node.cni_conf_dir) {
-        fs::metadata(conf).with_context(|| conf.display().to_string())?;
+    let mut removed = Vec::new();
+    // First, so that no pod that starts meanwhile waits for an agent.
+    if let (Some(bin_dir), Some(conf_dir)) = (&node.cni_bin_dir, &node.cni_conf_dir) {
+        for path in cni::remove(bin_dir, conf_dir).context("can't take the CNI plugin away")? {
+            print(&format!("took the CNI plugin out of {}\n", path.display()))?;
+        }
     }
     pods(&node.bpffs)?;
-    let mut removed = Vec::new();
-    for path in [&node.admin_socket, &node.state_dir] {
+    for path in [&node.admin_socket, &node.cni_socket, &node.state_dir] {
         if fs::symlink_metadata(path).is_ok() {
             inside(path, &mut removed).with_context(|| format!("can't remove {}", path.display()))?;
         }

@@ -25,11 +25,10 @@ use crate::{
         leftovers::{self, Left},
         survey,
     },
+    cni::PLUGIN,
     life::{limits, start},
 };
 
-/// What heddle's plugin is called, as a file and in a list of plugins.
-const PLUGIN: &str = "heddle-cni";
 /// The taint that an agent takes off.
 const TAINT: &str = "heddle.dev/not-ready";
 /// The kernel lets go of a program some time after its last pin: how long that may take, and how often it is asked.
@@ -73,8 +72,10 @@ fn left(node: &Node) -> anyhow::Result<Vec<Left>> {
         std::thread::sleep(PAUSE);
     };
     drop(runtime);
-    if node.admin_socket.exists() {
-        left.push(Left::new("socket", node.admin_socket.display().to_string()));
+    for socket in [&node.admin_socket, &node.cni_socket] {
+        if socket.exists() {
+            left.push(Left::new("socket", socket.display().to_string()));
+        }
     }
     left.extend(files(&node.state_dir)?.into_iter().map(|path| Left::new("state", path.display().to_string())));
     left.extend(cni(node.cni_bin_dir.as_deref(), node.cni_conf_dir.as_deref())?);

@@ -50,6 +50,7 @@ async fn each_policy_is_told_what_becomes_of_it_and_then_left_alone() {
     let before = api.count("patch", "authorizationpolicies");
     assert_eq!(turn(&client).await.unwrap(), 0);
     assert_eq!(api.count("patch", "authorizationpolicies"), before);
+    allowed(&api);
 
     // Mended: at its new generation. What somebody else says stays.
     let mut mended = api.get("authorizationpolicies", "shop", "http").unwrap();
@@ -101,4 +102,18 @@ async fn only_who_holds_the_lease_writes() {
     timeout(Duration::from_secs(30), told).await.unwrap();
     drop(holds);
     timeout(limits::POLICY_STATUS_LOOK + Duration::from_secs(20), following).await.unwrap().unwrap();
+}
+
+/// Everything that was asked is allowed by the CA's ClusterRole.
+fn allowed(api: &ApiServer) {
+    let text = include_str!("../../../../deploy/ca/rbac.yaml");
+    let roles: Vec<Value> = serde_saphyr::from_multiple(text).unwrap();
+    let rules: Vec<Value> =
+        roles.iter().filter(|role| role["kind"] == "ClusterRole").flat_map(|role| role["rules"].as_array().unwrap().clone()).collect();
+    let has = |list: &Value, wanted: &str| list.as_array().unwrap().iter().any(|one| one == wanted);
+    for seen in api.verbs_seen() {
+        let resource = if seen.subresource.is_empty() { seen.resource.clone() } else { format!("{}/{}", seen.resource, seen.subresource) };
+        let fits = |rule: &Value| has(&rule["apiGroups"], &seen.group) && has(&rule["resources"], &resource) && has(&rule["verbs"], seen.verb);
+        assert!(rules.iter().any(fits), "deploy/ca/rbac.yaml does not allow {seen:?}");
+    }
 }
