@@ -270,7 +270,7 @@ fn the_json_of_what_the_agent_answers_is_stable() {
     let table = [
         (
             serde_json::to_value(Status::default()).unwrap(),
-            "kubelet manifest_problems node pods policy_problems ready trust_problems unproven_paths version waiting_for",
+            "cni_problem kubelet manifest_problems node pods policy_problems ready repairs trust_problems unproven_paths version waiting_for",
         ),
         (
             serde_json::to_value(PodLine::default()).unwrap(),

@@ -4,7 +4,7 @@
 //! warning.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     sync::Arc,
 };
@@ -308,9 +308,10 @@ fn workload(
         same_node: same_node_of(pod, namespace, same_node, warnings),
         reset_on_enrol: reset_on_enrol(pod, warnings),
         naming: naming::name(pod),
+        // Of pods of other nodes a source may not have kept what these are read from.
+        probes: if place.is_some() { probes::ports(pod, &addresses) } else { BTreeSet::new() },
+        metrics: if place.is_some() { scrape::target(pod, warnings) } else { None },
         place,
-        probes: probes::ports(pod, &addresses),
-        metrics: scrape::target(pod, warnings),
         addresses,
     })
 }

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::*;
-use crate::cluster::{Objects, Settings, index};
+use crate::cluster::{Objects, Place, Places, Settings, index};
 
 fn full_pod(node: &str) -> Pod {
     serde_json::from_value(json!({
@@ -43,8 +43,20 @@ fn full_pod(node: &str) -> Pod {
     .unwrap()
 }
 
+/// Finds the pods of node `here`.
+#[derive(Debug)]
+struct Here;
+
+impl Places for Here {
+    fn locate(&self, pod: &Pod) -> Option<Place> {
+        let here = pod.spec.as_ref()?.node_name.as_deref() == Some("here");
+        here.then(|| Place { netns: "/netns".into(), cgroup: "/cgroup".into(), addresses: Vec::new() })
+    }
+}
+
 fn indexed(pod: Pod) -> crate::cluster::Snapshot {
-    index(&[Arc::new(Objects { pods: vec![Arc::new(pod)], ..Objects::default() })], &Settings::default(), 1)
+    let settings = Settings { places: Arc::new(Here), ..Settings::default() };
+    index(&[Arc::new(Objects { pods: vec![Arc::new(pod)], ..Objects::default() })], &settings, 1)
 }
 
 #[test]
