@@ -121,7 +121,7 @@ impl Install {
                     .as_mut()
                     .is_some_and(|watcher| watcher.watch(&self.conf_dir, RecursiveMode::NonRecursive).is_ok());
             let outcome = self.ensure();
-            let said = outcome.as_ref().map_err(ToString::to_string).map(PathBuf::clone);
+            let said = outcome.as_ref().map_err(ToString::to_string).cloned();
             if told.as_ref() != Some(&said) {
                 tell(&outcome);
                 told = Some(said);

@@ -63,7 +63,10 @@ pub struct Gate {
 
 /// Whether the runtime asks before it starts a pod. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct CniStatus(Arc<Mutex<Option<Result<(), (&'static str, String)>>>>);
+pub struct CniStatus(Arc<Mutex<Option<Outcome>>>);
+
+/// The entry is in force, or what keeps it from that (reason, detail).
+type Outcome = Result<(), (&'static str, String)>;
 
 impl CniStatus {
     /// What is wrong (reason, detail); `None` where nothing is, and where there is no CNI to be asked by.
@@ -78,11 +81,11 @@ impl CniStatus {
         self.get().map(|outcome| outcome.is_ok())
     }
 
-    fn get(&self) -> Option<Result<(), (&'static str, String)>> {
+    fn get(&self) -> Option<Outcome> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set(&self, outcome: Result<(), (&'static str, String)>) {
+    fn set(&self, outcome: Outcome) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
     }
 }

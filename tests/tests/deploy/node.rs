@@ -92,10 +92,24 @@ fn after_an_uninstall_nothing_of_a_node_is_left_and_before_it_everything_is_list
     fs::write(state.join("snapshot"), "x")?;
     let conf = lab.dir().join("cni");
     fs::create_dir_all(&conf)?;
-    fs::write(conf.join("10.conflist"), r#"{"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": "bridge"}, {"type": "heddle-cni"}]}"#)?;
+    fs::write(
+        conf.join("10.conflist"),
+        r#"{"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": "bridge"}, {"type": "heddle-cni"}]}"#,
+    )?;
     let (state, conf) = (state.display().to_string(), conf.display().to_string());
     let cni_socket = lab.dir().join("cni.sock").display().to_string();
-    let places = ["--cni-socket", &cni_socket, "--bpffs", &bpffs, "--state-dir", &state, "--cni-bin-dir", &conf, "--cni-conf-dir", &conf];
+    let places = [
+        "--cni-socket",
+        &cni_socket,
+        "--bpffs",
+        &bpffs,
+        "--state-dir",
+        &state,
+        "--cni-bin-dir",
+        &conf,
+        "--cni-conf-dir",
+        &conf,
+    ];
     let left = |more: &[&str]| -> Result<(Option<i32>, Vec<(String, String)>)> {
         let output = agent.ask(&[&["uninstall", "--verify", "--json"], more, &places[..]].concat())?;
         let list: Vec<Value> = serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))?;

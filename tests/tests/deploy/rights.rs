@@ -46,7 +46,8 @@ fn agents_ask_for_what_their_role_allows_and_their_role_allows_no_more() -> Resu
         .into_iter()
         .filter(|seen| seen.user == "agent")
         .map(|seen| {
-            let subresource = if seen.subresource.is_empty() { String::new() } else { format!("/{}", seen.subresource) };
+            let subresource =
+                if seen.subresource.is_empty() { String::new() } else { format!("/{}", seen.subresource) };
             (seen.group, format!("{}{subresource}", seen.resource), seen.verb.to_owned())
         })
         .collect();

@@ -170,8 +170,7 @@ fn an_entry_that_the_cni_writes_over_comes_back() {
             install.keep(
                 || stop.load(Ordering::Relaxed),
                 |outcome| {
-                    let _nobody_listens_any_more =
-                        told.send(outcome.as_ref().map(PathBuf::clone).map_err(InstallError::reason));
+                    let _nobody_listens_any_more = told.send(outcome.as_ref().map_err(InstallError::reason).cloned());
                 },
             );
         })

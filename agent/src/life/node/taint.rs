@@ -115,8 +115,8 @@ mod tests {
         let taint = |key: &str| Taint { key: key.to_owned(), effect: "NoExecute".to_owned(), ..Taint::default() };
         let (ours, other) = (taint(TAINT), taint("example.com/gpu"));
         assert_eq!(patch(None, false), None);
-        assert_eq!(patch(Some(&[other.clone()]), false), None);
-        assert_eq!(patch(Some(&[ours.clone()]), true), None);
+        assert_eq!(patch(Some(std::slice::from_ref(&other)), false), None);
+        assert_eq!(patch(Some(std::slice::from_ref(&ours)), true), None);
         let off = patch(Some(&[other.clone(), ours.clone()]), false).unwrap();
         assert_eq!(off[0], json!({"op": "test", "path": "/spec/taints", "value": [other, ours]}));
         assert_eq!(off[1], json!({"op": "replace", "path": "/spec/taints", "value": [other]}));

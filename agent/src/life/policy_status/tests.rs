@@ -108,12 +108,21 @@ async fn only_who_holds_the_lease_writes() {
 fn allowed(api: &ApiServer) {
     let text = include_str!("../../../../deploy/ca/rbac.yaml");
     let roles: Vec<Value> = serde_saphyr::from_multiple(text).unwrap();
-    let rules: Vec<Value> =
-        roles.iter().filter(|role| role["kind"] == "ClusterRole").flat_map(|role| role["rules"].as_array().unwrap().clone()).collect();
+    let rules: Vec<Value> = roles
+        .iter()
+        .filter(|role| role["kind"] == "ClusterRole")
+        .flat_map(|role| role["rules"].as_array().unwrap().clone())
+        .collect();
     let has = |list: &Value, wanted: &str| list.as_array().unwrap().iter().any(|one| one == wanted);
     for seen in api.verbs_seen() {
-        let resource = if seen.subresource.is_empty() { seen.resource.clone() } else { format!("{}/{}", seen.resource, seen.subresource) };
-        let fits = |rule: &Value| has(&rule["apiGroups"], &seen.group) && has(&rule["resources"], &resource) && has(&rule["verbs"], seen.verb);
+        let resource = if seen.subresource.is_empty() {
+            seen.resource.clone()
+        } else {
+            format!("{}/{}", seen.resource, seen.subresource)
+        };
+        let fits = |rule: &Value| {
+            has(&rule["apiGroups"], &seen.group) && has(&rule["resources"], &resource) && has(&rule["verbs"], seen.verb)
+        };
         assert!(rules.iter().any(fits), "deploy/ca/rbac.yaml does not allow {seen:?}");
     }
 }

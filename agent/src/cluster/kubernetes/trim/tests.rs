@@ -50,7 +50,12 @@ struct Here;
 impl Places for Here {
     fn locate(&self, pod: &Pod) -> Option<Place> {
         let here = pod.spec.as_ref()?.node_name.as_deref() == Some("here");
-        here.then(|| Place { netns: "/netns".into(), cgroup: "/cgroup".into(), addresses: Vec::new() })
+        here.then(|| Place {
+            netns: "/netns".into(),
+            netns_inode: None,
+            cgroup: "/cgroup".into(),
+            addresses: Vec::new(),
+        })
     }
 }
 
