@@ -188,11 +188,11 @@ fn an_agents_memory_is_closed_to_root_itself_without_the_right_to_trace() -> Res
         Ok(Command::new("setpriv").args(command).stderr(Stdio::null()).status()?.success())
     };
     let pid = agent.daemon.pid().context("the agent runs")?;
-    for file in ["environ", "maps"] {
-        assert!(opens(sleeper.pid(), file)?, "/proc/<pid>/{file} of a process that can be dumped");
-        assert!(!opens(pid, file)?, "/proc/<pid>/{file} of an agent");
+    // Not `environ` or `maps`: CAP_PERFMON is enough to read those, and the agent has it.
+    if !opens(sleeper.pid(), "mem")? {
+        heddle_lab::skip("certificates", "nobody may trace anybody here (kernel.yama.ptrace_scope)");
+        return Ok(());
     }
-    // Where Yama allows no tracing of strangers, this shows nothing, and nothing is wrong with it.
     assert!(!opens(pid, "mem")?, "/proc/<pid>/mem of an agent");
     Ok(())
 }
