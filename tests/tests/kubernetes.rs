@@ -356,8 +356,9 @@ fn o4_a_storm_of_changes_delays_no_policy() -> Result {
         at(90),
         at(100),
     );
-    // Of a debug build on a machine that others use: the figures are measured of a release build.
-    assert!(at(50) < Duration::from_secs(3), "{took:?}");
-    assert!(idle.saturating_sub(before) < 80 << 20, "{before} {idle}");
+    // In the unoptimised build the stand-in itself is the slowest part of it.
+    let (median, longest) = if cfg!(debug_assertions) { (10, 30) } else { (1, 3) };
+    assert!(at(50) < Duration::from_secs(median) && at(100) < Duration::from_secs(longest), "{took:?}");
+    assert!(idle.saturating_sub(before) < 20 << 20, "4 MiB for each thousand pods: {before} {idle}");
     Ok(())
 }
