@@ -43,7 +43,12 @@ fn fifty_pods_at_once_send_at_once_and_nothing_of_it_is_plain() -> Result {
         arrived(pod)?;
     }
     let traffic = recording.finish()?;
-    assert_eq!(traffic.to_port(7000).count(), 0, "a pod connected plainly");
+    // The last words of the one that is not in the mesh may come late.
+    let plain: Vec<_> =
+        traffic.to_port(7000).map(|stream| stream.from).filter(|from| from.ip() != outside.address()).collect();
+    let log = lab.agent(1)?.daemon.log();
+    let left: Vec<_> = log.lines().filter(|line| line.contains("withdrawn") || line.contains("replaced")).collect();
+    assert!(plain.is_empty(), "a pod connected plainly: {plain:?}, outside {}: {left:#?}", outside.address());
     let mut sources: Vec<_> = traffic.to_port(15008).map(|stream| stream.from.ip()).collect();
     sources.sort();
     sources.dedup();

@@ -295,6 +295,9 @@ pub const PLACES_PAUSE: Duration = Duration::from_millis(20);
 pub const PLACES_PROCESSES: usize = 131_072;
 pub const PLACES_FOLDERS: usize = 32_768;
 pub const PLACES_DEPTH: usize = 8;
+/// How long no process may be seen of a pod that was announced, and had one, until it is taken for gone (duration). The plugin says so at
+/// once; a look may come between a process that ends and its successor.
+pub const PLACES_GONE: Duration = Duration::from_secs(15);
 /// Pods whose network was made and in which nothing was seen to run (pods), each an open file, and how long they are believed to
 /// start yet (duration).
 pub const PLACES_ANNOUNCED: usize = 512;

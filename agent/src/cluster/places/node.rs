@@ -43,7 +43,7 @@ pub const MIRROR: &str = "kubernetes.io/config.mirror";
 pub struct Announcement {
     /// The sandbox container.
     pub container: String,
-    /// Opens its netns, and keeps it until a process of the pod is seen in it.
+    /// Opens its netns, for as long as it is announced.
     pub netns: File,
     /// Of that netns.
     pub inode: u64,
@@ -69,11 +69,12 @@ struct Shared {
 #[derive(Debug)]
 struct Announced {
     container: String,
-    /// `None` once a process is there.
-    netns: Option<File>,
+    netns: File,
     inode: u64,
     addresses: Vec<IpAddr>,
     since: Instant,
+    /// When a process was last seen in it.
+    seen: Option<Instant>,
 }
 
 impl NodePlaces {
@@ -113,7 +114,7 @@ impl NodePlaces {
     pub fn announce(&self, uid: &str, announcement: Announcement) {
         let Announcement { container, netns, inode, addresses } = announcement;
         let mut announced = self.0.announced();
-        let fresh = Announced { container, netns: Some(netns), inode, addresses, since: Instant::now() };
+        let fresh = Announced { container, netns, inode, addresses, since: Instant::now(), seen: None };
         announced.insert(uid.to_owned(), fresh);
         while announced.len() > limits::PLACES_ANNOUNCED {
             let oldest = announced.iter().min_by_key(|(_, announced)| announced.since).map(|(uid, _)| uid.clone());
@@ -219,7 +220,8 @@ impl Scanner {
         let empty: HashSet<String> = told.keys().filter(|uid| !found.contains_key(*uid)).cloned().collect();
         let folders = if empty.is_empty() { BTreeMap::new() } else { scan::folders(mount, &empty) };
         let mut announced = shared.announced();
-        announced.retain(|uid, announced| holds(announced, found.get(uid)));
+        let now = Instant::now();
+        announced.retain(|uid, announced| holds(announced, found.get(uid), now));
         let places = places(&announced, &found, &folders, mount);
         drop(announced);
         let mut known = shared.places.write().unwrap_or_else(PoisonError::into_inner);
@@ -233,16 +235,15 @@ impl Scanner {
     }
 }
 
-/// Whether what was announced still says something. Lets go of a netns in which a process is by now.
-fn holds(announced: &mut Announced, found: Option<&Found>) -> bool {
-    match found {
-        Some(found) if found.netns == announced.inode => {
-            announced.netns = None;
-            true
-        }
-        // It had processes, and has none any more.
-        _ if announced.netns.is_none() => false,
-        _ => announced.since.elapsed() < limits::PLACES_ANNOUNCED_AGE,
+/// Whether what was announced still says something. The plugin says when it does not; where that is lost, that nothing runs there any
+/// more is believed only after a while: one look can miss a process whose parent has just ended.
+fn holds(announced: &mut Announced, found: Option<&Found>, now: Instant) -> bool {
+    if found.is_some_and(|found| found.netns == announced.inode) {
+        announced.seen = Some(now);
+    }
+    match announced.seen {
+        Some(seen) => now.duration_since(seen) < limits::PLACES_GONE,
+        None => now.duration_since(announced.since) < limits::PLACES_ANNOUNCED_AGE,
     }
 }
 
@@ -266,11 +267,10 @@ fn places(
     }
     for (uid, announced) in announced {
         let with_process = found.get(uid).filter(|found| found.netns == announced.inode);
-        let netns = match (with_process, &announced.netns) {
-            (Some(found), _) => PathBuf::from(format!("/proc/{}/ns/net", found.pid)),
+        let netns = match with_process {
+            Some(found) => PathBuf::from(format!("/proc/{}/ns/net", found.pid)),
             // The agent's own descriptor: there is no process of the pod to go by.
-            (None, Some(netns)) => format!("/proc/{}/fd/{}", std::process::id(), netns.as_raw_fd()).into(),
-            (None, None) => continue,
+            None => format!("/proc/{}/fd/{}", std::process::id(), announced.netns.as_raw_fd()).into(),
         };
         // The folder of an earlier sandbox's process is the pod's as well.
         let folder = found.get(uid).map(|found| &found.folder).or_else(|| folders.get(uid));

@@ -12,9 +12,9 @@ fn netns() -> File {
     File::open("/proc/self/ns/net").unwrap()
 }
 
-fn announced(inode: u64, netns: Option<File>) -> Announced {
+fn announced(inode: u64, netns: File) -> Announced {
     let addresses = vec!["10.0.0.7".parse().unwrap()];
-    Announced { container: "c".into(), netns, inode, addresses, since: Instant::now() }
+    Announced { container: "c".into(), netns, inode, addresses, since: Instant::now(), seen: None }
 }
 
 fn found(pid: u32, netns: u64) -> Found {
@@ -40,16 +40,16 @@ fn a_running_pod_is_where_its_process_is() {
 fn an_announced_pod_is_where_it_was_announced_until_a_process_is_there() {
     let file = netns();
     let descriptor = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
-    let before = place(Some(announced(20, Some(file))), None, Some("/kubepods/podu")).unwrap();
+    let before = place(Some(announced(20, file)), None, Some("/kubepods/podu")).unwrap();
     assert_eq!(before.netns, Path::new(&descriptor));
     assert_eq!(before.addresses, ["10.0.0.7".parse::<IpAddr>().unwrap()]);
-    let after = place(Some(announced(20, Some(netns()))), Some(found(7, 20)), None).unwrap();
+    let after = place(Some(announced(20, netns())), Some(found(7, 20)), None).unwrap();
     assert_eq!(after, Place { netns: "/proc/7/ns/net".into(), ..before });
 }
 
 #[test]
 fn an_announced_pod_is_not_taken_for_its_earlier_sandbox() {
-    let place = place(Some(announced(21, Some(netns()))), Some(found(7, 20)), None).unwrap();
+    let place = place(Some(announced(21, netns())), Some(found(7, 20)), None).unwrap();
     assert_eq!(place.netns_inode, Some(21));
     assert!(place.netns.starts_with(format!("/proc/{}/fd", std::process::id())));
     assert_eq!(place.cgroup, Path::new("/sys/fs/cgroup/kubepods/podu"));
@@ -57,19 +57,23 @@ fn an_announced_pod_is_not_taken_for_its_earlier_sandbox() {
 
 #[test]
 fn an_announced_pod_without_a_cgroup_has_no_place() {
-    assert_eq!(place(Some(announced(20, Some(netns()))), None, None), None);
+    assert_eq!(place(Some(announced(20, netns())), None, None), None);
 }
 
 #[test]
-fn an_announcement_ends_with_the_processes_that_were_seen_there() {
-    let mut told = announced(20, Some(netns()));
-    assert!(holds(&mut told, None), "nothing runs yet");
-    assert!(holds(&mut told, Some(&found(7, 19))), "that of an earlier sandbox");
-    assert!(told.netns.is_some());
-    assert!(holds(&mut told, Some(&found(8, 20))));
-    assert!(told.netns.is_none(), "a process keeps the netns by now");
-    assert!(!holds(&mut told, Some(&found(9, 21))));
-    assert!(!holds(&mut told, None));
+fn an_announcement_outlives_a_look_that_misses_its_processes_and_ends_when_they_are_gone() {
+    let mut told = announced(20, netns());
+    let start = told.since;
+    assert!(holds(&mut told, None, start), "nothing runs yet");
+    assert!(holds(&mut told, Some(&found(7, 19)), start), "that of an earlier sandbox");
+    assert!(!holds(&mut told, None, start + limits::PLACES_ANNOUNCED_AGE), "it never started");
+    let seen = start + Duration::from_secs(1);
+    assert!(holds(&mut told, Some(&found(8, 20)), seen));
+    let soon = seen + limits::PLACES_GONE / 2;
+    assert!(holds(&mut told, None, soon), "one look may miss it");
+    assert!(holds(&mut told, Some(&found(9, 20)), soon));
+    assert!(!holds(&mut told, None, soon + limits::PLACES_GONE));
+    assert!(!holds(&mut told, Some(&found(9, 21)), soon + limits::PLACES_GONE));
 }
 
 fn pod(node: &str, uid: &str, annotations: &[(&str, &str)]) -> Pod {
