@@ -276,9 +276,9 @@ fn far(number: usize, round: usize) -> Value {
             "hostIP": "192.168.99.1", "startTime": "2026-01-01T00:00:00Z",
             "conditions": [
                 {"type": "Initialized", "status": "True"},
-                {"type": "Ready", "status": if round % 2 == 0 { "True" } else { "False" }},
+                {"type": "Ready", "status": if round.is_multiple_of(2) { "True" } else { "False" }},
             ],
-            "containerStatuses": [{"name": "app", "ready": round % 2 == 0, "restartCount": round, "image": "registry.example/web:1.0"}],
+            "containerStatuses": [{"name": "app", "ready": round.is_multiple_of(2), "restartCount": round, "image": "registry.example/web:1.0"}],
         },
     })
 }

@@ -8,6 +8,9 @@ use serde_json::Value;
 
 use super::{deploy, documents};
 
+/// Kind and name of a thing that is left.
+type Left = (String, String);
+
 /// Capabilities that the DaemonSet adds, as `setpriv` names them.
 fn capabilities() -> Result<Vec<String>> {
     let all = documents(&fs::read_to_string(deploy().join("agent/daemonset.yaml"))?)?;
@@ -69,11 +72,11 @@ fn an_agent_needs_no_more_than_its_manifest_gives_it() -> Result {
         assert_eq!(client.connect(target).say("x").with("--expect", 1).run()?.error, None);
     }
     lab.authorize("shop", "none", &serde_json::json!({}))?;
-    until(Duration::from_secs(10), "the policy", || {
+    until(Duration::from_secs(30), "the policy", || {
         client.connect(near.at(7000)).run().ok()?.was_refused().then_some(())
     })?;
     client.withdraw()?;
-    until(Duration::from_secs(10), "the pod as it was", || (client.kernel_state().ok()? == before).then_some(()))
+    until(Duration::from_secs(30), "the pod as it was", || (client.kernel_state().ok()? == before).then_some(()))
         .with_context(|| agent.daemon.log())?;
     Ok(())
 }
@@ -110,7 +113,7 @@ fn after_an_uninstall_nothing_of_a_node_is_left_and_before_it_everything_is_list
         "--cni-conf-dir",
         &conf,
     ];
-    let left = |more: &[&str]| -> Result<(Option<i32>, Vec<(String, String)>)> {
+    let left = |more: &[&str]| -> Result<(Option<i32>, Vec<Left>)> {
         let output = agent.ask(&[&["uninstall", "--verify", "--json"], more, &places[..]].concat())?;
         let list: Vec<Value> = serde_json::from_str(&output.stdout).with_context(|| format!("{output:?}"))?;
         let text = |one: &Value, key: &str| one[key].as_str().unwrap_or_default().to_owned();

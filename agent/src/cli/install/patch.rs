@@ -109,6 +109,9 @@ fn agent(daemon_set: &mut DaemonSet, wanted: &Wanted) -> anyhow::Result<()> {
     if options.same_node == SameNode::Mtls {
         set(args, "--same-node", "mtls");
     }
+    if options.taint {
+        args.push("--startup-taint".to_owned());
+    }
     if let CaWanted::External { address, .. } = &wanted.ca {
         set(args, "--ca-address", address);
     }

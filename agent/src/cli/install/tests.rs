@@ -106,7 +106,7 @@ fn what_operators_change_is_changed_and_nothing_else() {
     }
     let agent = pod(&objects, "DaemonSet", "heddle-agent");
     let given = args(agent);
-    for arg in ["--same-node=mtls", "--drain-grace=60s"] {
+    for arg in ["--same-node=mtls", "--startup-taint", "--drain-grace=60s"] {
         assert!(given.contains(&arg), "{given:?}");
     }
     let resources = &agent["containers"][0]["resources"];
