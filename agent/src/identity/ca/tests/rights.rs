@@ -121,6 +121,10 @@ async fn all_that_a_ca_asks_for_is_allowed_and_nothing_else_is() {
         let guarded = ["secrets", "configmaps", "leases"].iter().any(|resource| has(&rule.1.resources, resource));
         let only_makes = rule.1.verbs == ["create"];
         assert!(!guarded || only_makes || rule.1.resource_names.is_some(), "any of them: {rule:?}");
+        // What is written into policies' status is asked for beside the server: see `life/policy_status/tests.rs`.
+        if rule.1.api_groups.iter().flatten().any(|group| group == "security.istio.io") {
+            continue;
+        }
         for verb in &rule.1.verbs {
             for resource in rule.1.resources.iter().flatten() {
                 let used = |asked: &&Asked| allows(rule, asked) && asked.verb == *verb && asked.resource == *resource;
