@@ -74,9 +74,10 @@ fn named(line: &str) -> impl Iterator<Item = Named<'_>> {
     })
 }
 
-/// `file::claim` of tests/tests.
+/// A path of modules below tests/tests.
 fn lab_test(name: &str) -> bool {
-    name.split_once("::").is_some_and(|(file, claim)| has_test(&root().join(format!("tests/tests/{file}.rs")), claim))
+    let Some((modules, claim)) = name.rsplit_once("::") else { return false };
+    has_test(&root().join("tests/tests").join(modules.replace("::", "/")).with_extension("rs"), claim)
 }
 
 /// A path of modules below agent/src, the last one inline or not.
@@ -112,9 +113,19 @@ fn bench_rows() -> Result<BTreeSet<String>> {
 /// Lab tests named for an id of the list of abuses and outages, such as `a1_…`: each keeps a promise that has to be stated.
 fn lab_tests_with_an_id() -> Result<Vec<String>> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(root().join("tests/tests")).context("tests/tests")?.flatten() {
-        let path = entry.path();
-        let Some(file) = path.file_stem().and_then(|stem| stem.to_str()) else { continue };
+    let top = root().join("tests/tests");
+    let mut folders = vec![top.clone()];
+    let mut files = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() { &mut folders } else { &mut files }.push(entry.path());
+        }
+    }
+    for path in files {
+        let modules = path.strip_prefix(&top)?.with_extension("");
+        let modules: Vec<_> = modules.iter().map(|module| module.to_string_lossy()).collect();
+        let modules = modules.join("::");
         let text = fs::read_to_string(&path)?;
         found.extend(text.lines().filter_map(|line| {
             let claim = line.strip_prefix("fn ")?.split_once('(')?.0;
@@ -123,7 +134,7 @@ fn lab_tests_with_an_id() -> Result<Vec<String>> {
             let letter = "afilorsw".contains(id.next()?);
             let digits = id.as_str();
             let is_id = letter && !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
-            is_id.then(|| format!("{file}::{claim}"))
+            is_id.then(|| format!("{modules}::{claim}"))
         }));
     }
     Ok(found)
