@@ -49,7 +49,8 @@ fn uninstall_removes_what_a_dead_agent_left() -> Result {
     client.enrol()?;
     let agent = lab.agent(1)?;
     agent.daemon.kill()?;
-    assert!(client.connect(server.at(7000)).run()?.was_refused(), "closed while pins are there");
+    let without_an_agent = client.connect(server.at(7000)).run()?;
+    assert!(without_an_agent.was_refused(), "closed while pins are there: {without_an_agent:?}");
     let bpffs = agent.bpffs.to_str().unwrap_or_default().to_owned();
     agent.heddle(&["uninstall", "--bpffs", &bpffs])?.ok()?;
     assert_eq!(agent.pins(), Vec::<std::path::PathBuf>::new());

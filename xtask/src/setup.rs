@@ -69,18 +69,19 @@ pub fn run_kernels() -> Result<PathBuf> {
 
 /// A Python environment of its own below the target directory, with these packages.
 fn python(folder: &str, packages: &[&str]) -> Result<()> {
-    let (place, half) = (target().join(folder), target().join(format!("{folder}-half")));
-    if place.join("bin/python3").is_file() {
+    let place = target().join(folder);
+    // The last file to be made. Its scripts name the folder, so it can't be made elsewhere and moved.
+    let whole = place.join("whole");
+    if whole.is_file() {
         return Ok(());
     }
     println!("installing {} for Python into {}", packages.join(", "), place.display());
-    // Names of the folder are in its scripts, but python3 itself can be moved: it is there whole or not at all.
-    let made = show(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&half))?;
+    let made = show(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&place))?;
     ensure!(made.success(), "python3 -m venv failed");
-    let mut install = Command::new(half.join("bin/python3"));
+    let mut install = Command::new(place.join("bin/python3"));
     install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(packages);
     ensure!(show(&mut install)?.success(), "pip install {} failed", packages.join(" "));
-    fs::rename(&half, &place).with_context(|| place.display().to_string())
+    fs::write(&whole, "").with_context(|| whole.display().to_string())
 }
 
 fn install(programs: &[Program]) -> Result<()> {
