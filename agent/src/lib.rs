@@ -19,6 +19,7 @@
 #![deny(unsafe_code)]
 
 pub mod capture;
+mod causes;
 pub mod cli;
 pub mod cluster;
 pub mod cni;

@@ -176,32 +176,44 @@ fn storage() -> *mut c_void {
     (&raw const ASKED).cast_mut().cast()
 }
 
-/// Notes that this socket was let onto the kernel lane. One word, so that whoever reads it has all of it or nothing.
+/// Notes that this socket was let onto the kernel lane.
 #[inline(always)]
 pub fn admit(cookie: u64) {
-    if let Some(admitted) = admitted(cookie) {
-        // SAFETY: a map's value of eight bytes, 8-aligned, that lives as long as the program runs.
-        unsafe { admitted.write_volatile(cookie) }
-    }
+    note(admitted(cookie), cookie);
 }
 
 /// Whether this socket was let onto the kernel lane; not any more afterwards.
 #[inline(always)]
 pub fn take_admission(cookie: u64) -> bool {
-    let Some(admitted) = admitted(cookie) else { return false };
-    // SAFETY: as in `admit`.
-    unsafe {
-        if admitted.read_volatile() != cookie {
-            return false;
-        }
-        admitted.write_volatile(0);
-    }
-    true
+    take(admitted(cookie), cookie)
 }
 
 #[inline(always)]
 fn admitted(cookie: u64) -> Option<*mut u64> {
     ADMITTED.get_ptr_mut(place(cookie) % ADMITTED_PLACES)
+}
+
+/// Leaves a socket's cookie in its place. One word, so that whoever reads it has all of it or nothing.
+#[inline(always)]
+fn note(place: Option<*mut u64>, cookie: u64) {
+    if let Some(place) = place {
+        // SAFETY: a map's value of eight bytes, 8-aligned, that lives as long as the program runs.
+        unsafe { place.write_volatile(cookie) }
+    }
+}
+
+/// Whether the cookie is in its place; not any more afterwards.
+#[inline(always)]
+fn take(place: Option<*mut u64>, cookie: u64) -> bool {
+    let Some(place) = place else { return false };
+    // SAFETY: as in `note`.
+    unsafe {
+        if place.read_volatile() != cookie {
+            return false;
+        }
+        place.write_volatile(0);
+    }
+    true
 }
 
 /// Where a socket has its place in a small array. Each CPU gives out 4,096 cookies in a row: by their lower bits alone, two CPUs
@@ -227,24 +239,13 @@ pub fn is_probe_port(workload: u64, port: u16) -> bool {
 /// Notes that this socket of the kubelet is about to probe.
 #[inline(always)]
 pub fn probe(cookie: u64) {
-    if let Some(probing) = probing(cookie) {
-        // SAFETY: as in `admit`.
-        unsafe { probing.write_volatile(cookie) }
-    }
+    note(probing(cookie), cookie);
 }
 
 /// Whether this socket of the kubelet is about to probe; not any more afterwards.
 #[inline(always)]
 pub fn take_probe(cookie: u64) -> bool {
-    let Some(probing) = probing(cookie) else { return false };
-    // SAFETY: as in `admit`.
-    unsafe {
-        if probing.read_volatile() != cookie {
-            return false;
-        }
-        probing.write_volatile(0);
-    }
-    true
+    take(probing(cookie), cookie)
 }
 
 #[inline(always)]
@@ -256,7 +257,7 @@ fn probing(cookie: u64) -> Option<*mut u64> {
 #[inline(always)]
 pub fn look(cookie: u64, now: u32) {
     if let Some(looked) = LOOKED.get_ptr_mut(place(cookie) % LOOKED_PLACES) {
-        // SAFETY: as in `admit`.
+        // SAFETY: as in `note`.
         unsafe { looked.write_volatile(cookie << 32 | u64::from(now)) }
     }
 }
@@ -265,7 +266,7 @@ pub fn look(cookie: u64, now: u32) {
 #[inline(always)]
 pub fn is_to_be_looked_at(cookie: u64, now: u32) -> bool {
     let Some(looked) = LOOKED.get_ptr(place(cookie) % LOOKED_PLACES) else { return true };
-    // SAFETY: as in `admit`.
+    // SAFETY: as in `note`.
     let looked = unsafe { looked.read_volatile() };
     looked >> 32 != cookie & u64::from(u32::MAX) || now.wrapping_sub(looked as u32) >= PROGRESS_JIFFIES
 }

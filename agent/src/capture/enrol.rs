@@ -222,11 +222,17 @@ fn hang(
 ) -> Result<(Live, Arc<TcpListener>, How), CaptureError> {
     let name = Arc::clone(&spec.name);
     let Ends { slot, workload, former, cookie, netns, cgroup } = ends;
-    let listener = match kept {
-        Some(listener) => listener,
-        None => Arc::new(socket::listener(&netns).map_err(at(&name, Step::Listener))?),
+    let open = |kept: Option<Arc<TcpListener>>| -> io::Result<Arc<TcpListener>> {
+        let slots = node.maps.listeners();
+        if let Some(listener) = kept {
+            kernel::keep_socket(&slots, slot, &*listener)?;
+            return Ok(listener);
+        }
+        let listener = Arc::new(socket::listener(&netns)?);
+        kernel::put_socket(&slots, slot, &*listener)?;
+        Ok(listener)
     };
-    kernel::put_socket(&node.maps.listeners(), slot, &*listener).map_err(at(&name, Step::Listener))?;
+    let listener = open(kept).map_err(at(&name, Step::Listener))?;
     let folder = node.pins.make_pod(&spec.uid).map_err(at(&name, Step::Pins))?;
     let data = pod_data(slot, workload, cookie, &spec.addresses);
     let (programs, how) =

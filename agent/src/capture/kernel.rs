@@ -413,10 +413,22 @@ pub fn read_record<T: aya::Pod>(bytes: &[u8]) -> Option<T> {
     (bytes.len() == size_of::<T>()).then(|| unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
 }
 
-/// Puts a socket into a sockmap, instead of the one that is there.
+/// Puts a socket into a sockmap, instead of another one that is there. Never the same one again: Linux 5.10 then forgets to empty the
+/// slot when the socket closes, and what it holds afterwards is no socket any more ([`keep_socket`]).
 pub fn put_socket(map: &impl AsFd, index: u32, socket: &impl AsFd) -> io::Result<()> {
     let value = [number(socket), 0];
     element(MAP_UPDATE_ELEM, map, index, value.as_ptr() as u64, 0)
+}
+
+/// Puts a socket into a slot of a sockmap if it is empty. Whether it held one already: which, can't be read of a sockmap with four-byte
+/// values.
+pub fn keep_socket(map: &impl AsFd, index: u32, socket: &impl AsFd) -> io::Result<bool> {
+    let value = [number(socket), 0];
+    match element(MAP_UPDATE_ELEM, map, index, value.as_ptr() as u64, NO_EXIST) {
+        Ok(()) => Ok(false),
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(true),
+        Err(error) => Err(error),
+    }
 }
 
 /// Empties a slot of a sockmap. Whether it held a socket.
@@ -424,17 +436,6 @@ pub fn take_socket(map: &impl AsFd, index: u32) -> io::Result<bool> {
     match element(MAP_DELETE_ELEM, map, index, 0, 0) {
         Ok(()) => Ok(true),
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-/// Whether a slot of a sockmap holds a socket. `candidate` is put there if not: a sockmap with four-byte values can't be
-/// read, only tried.
-pub fn holds_socket(map: &impl AsFd, index: u32, candidate: &impl AsFd) -> io::Result<bool> {
-    let value = [number(candidate), 0];
-    match element(MAP_UPDATE_ELEM, map, index, value.as_ptr() as u64, NO_EXIST) {
-        Ok(()) => Ok(false),
-        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(true),
         Err(error) => Err(error),
     }
 }

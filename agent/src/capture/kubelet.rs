@@ -12,10 +12,10 @@ use super::{
     CaptureError,
     kernel::{self, Hook, Target},
     load::{self, Cgroup},
-    maps::chain,
     pin,
     pod::Node,
 };
+use crate::causes;
 
 /// What ends a connection's pass hangs before anything makes one.
 const PROGRAMS: [(&str, Hook); 3] =
@@ -62,7 +62,7 @@ pub fn attach(node: &Node, path: &Path) -> Result<(), CaptureError> {
 /// Takes the programs off. Whether there were any.
 pub fn release(node: &Node) -> Result<bool, CaptureError> {
     let folder = node.pins.kubelet();
-    let failed = |error: io::Error| CaptureError::Kubelet { cgroup: folder.clone(), detail: chain(&error) };
+    let failed = |error: io::Error| CaptureError::Kubelet { cgroup: folder.clone(), detail: causes::told(&error) };
     if !folder.try_exists().map_err(failed)? {
         return Ok(false);
     }
@@ -81,7 +81,7 @@ pub fn release(node: &Node) -> Result<bool, CaptureError> {
 /// The cgroup that all of the programs hang on, if there is one.
 pub fn attached(node: &Node) -> Result<Option<u64>, CaptureError> {
     let folder = node.pins.kubelet();
-    let failed = |error: io::Error| CaptureError::Kubelet { cgroup: folder.clone(), detail: chain(&error) };
+    let failed = |error: io::Error| CaptureError::Kubelet { cgroup: folder.clone(), detail: causes::told(&error) };
     let mut all = None;
     for (name, hook) in PROGRAMS {
         let id = match load::existing(&folder.join(name)).map_err(failed)? {

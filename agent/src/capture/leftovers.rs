@@ -24,6 +24,7 @@ use super::{
     probe,
     route::{Link, to_io},
 };
+use crate::causes;
 
 const PROGRAMS: [&str; 11] = [
     programs::CONNECT4,
@@ -123,14 +124,8 @@ fn loaded() -> io::Result<Vec<Left>> {
 
 /// Whether it went while the list was read.
 fn gone(error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::NotFound) {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
+    let mut causes = causes::chain(error).filter_map(|cause| cause.downcast_ref::<io::Error>());
+    causes.any(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 fn pins(folder: &Path) -> io::Result<Vec<Left>> {

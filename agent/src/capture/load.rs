@@ -25,10 +25,10 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
 
 use super::{
     kernel::{self, Hook, LinkInfo, ProgramInfo, Target},
-    maps::chain,
     netns::Netns,
     pin,
 };
+use crate::causes;
 
 /// The compiled programs; `build.rs` refuses an object that is older than its sources.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/heddle.bpf.o"));
@@ -308,7 +308,7 @@ pub fn instance<const COUNT: usize>(
         .map_pin_path(maps::ASKED, folder.join(maps::ASKED))
         .override_global(global, value, true)
         .load(OBJECT)
-        .map_err(|error| chain(&error))?;
+        .map_err(|error| causes::told(&error))?;
     let mut load = |name: &str| -> Result<(OwnedFd, ProgramInfo), String> {
         let program = ebpf.program_mut(name).ok_or_else(|| format!("the object has no program {name}"))?;
         let loaded: Result<(), ProgramError> = match program {
@@ -317,8 +317,8 @@ pub fn instance<const COUNT: usize>(
             Program::SockOps(program) => program.load(),
             _ => return Err(format!("program {name} is of another type")),
         };
-        loaded.map_err(|error| format!("program {name}: {}", chain(&error)))?;
-        let fd = program.fd().map_err(|error| chain(&error))?;
+        loaded.map_err(|error| format!("program {name}: {}", causes::told(&error)))?;
+        let fd = program.fd().map_err(|error| causes::told(&error))?;
         let fd = fd.as_fd().try_clone_to_owned().map_err(|error| error.to_string())?;
         let info = kernel::program_info(&fd).map_err(|error| format!("program {name}: {error}"))?;
         Ok((fd, info))
@@ -330,7 +330,7 @@ pub fn instance<const COUNT: usize>(
 /// Size and content of a program's read-only data.
 fn read_only_data(program: &ProgramInfo) -> Result<Option<(usize, Vec<u8>)>, String> {
     for id in &program.maps {
-        let map = MapInfo::from_id(*id).map_err(|error| chain(&error))?;
+        let map = MapInfo::from_id(*id).map_err(|error| causes::told(&error))?;
         if map.name() == READ_ONLY.as_bytes() {
             let length = map.value_size() as usize;
             let data = kernel::read_only_data(*id, length).map_err(|error| format!("{READ_ONLY}: {error}"))?;

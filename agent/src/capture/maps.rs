@@ -19,6 +19,7 @@ use heddle_common::{
 };
 
 use super::{CaptureError, WorkloadId, kernel};
+use crate::causes;
 
 pub struct Maps {
     residents: Mutex<HashMap<MapData, Address, Resident>>,
@@ -315,33 +316,12 @@ fn typed<T: TryFrom<Map, Error = MapError>>(name: &'static str, data: MapData) -
 }
 
 pub fn failed(map: &'static str) -> impl Fn(MapError) -> CaptureError {
-    move |error| CaptureError::Map { map, detail: chain(&error) }
-}
-
-/// An error with its causes.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let more = inner.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = inner.source();
-    }
-    text
+    move |error| CaptureError::Map { map, detail: causes::told(&error) }
 }
 
 /// The code of the system call behind a map's error.
 pub fn os_error(error: &MapError) -> Option<i32> {
-    let mut cause: Option<&dyn std::error::Error> = Some(error);
-    while let Some(inner) = cause {
-        if let Some(io) = inner.downcast_ref::<io::Error>() {
-            return io.raw_os_error();
-        }
-        cause = inner.source();
-    }
-    None
+    causes::chain(error).find_map(|cause| cause.downcast_ref::<io::Error>())?.raw_os_error()
 }
 
 pub fn ignore_absent(result: Result<(), MapError>) -> Result<(), MapError> {

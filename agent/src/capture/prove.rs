@@ -86,10 +86,11 @@ fn read_back(node: &Node, pod: &Pod, live: &Live) -> Result<(), Failure> {
     let listener = pod.listener().ok_or_else(|| failure("listener")("the agent has closed the listener".into()))?;
     let slot = node.maps.listeners();
     let broken = |error: io::Error| failure("listener")(format!("slot {}: {error}", live.slot));
-    if !kernel::holds_socket(&slot, live.slot, &*listener).map_err(broken)? && pod.state() == PodState::Captured {
+    // Another's in our place is found out by the connections that follow: only ours knows the token.
+    if !kernel::keep_socket(&slot, live.slot, &*listener).map_err(broken)? && pod.state() == PodState::Captured {
         tracing::warn!(pod = %live.spec.name, slot = live.slot, "the listener was missing from its slot; put back");
     }
-    kernel::put_socket(&slot, live.slot, &*listener).map_err(broken)
+    Ok(())
 }
 
 fn inode(path: &Path) -> Result<u64, String> {

@@ -258,8 +258,9 @@ impl<S: Stages> Keeper<S> {
         self.shared.pods.set(pod, state, self.spec.as_ref());
         if captured {
             self.failures = 0;
-            if pod.reset_on_enrol && !std::mem::replace(&mut self.reset, true) {
-                self.reset_older(pod).await;
+            if pod.reset_on_enrol && !self.reset {
+                // What fails is tried again after the next proof.
+                self.reset = self.reset_older(pod).await;
             }
             // Spread, so that the proofs of many pods do not come all at once.
             limits::PROVE_INTERVAL.mul_f64(0.75 + fastrand::f64() / 4.0)
@@ -269,19 +270,23 @@ impl<S: Stages> Keeper<S> {
         }
     }
 
-    /// Closes the connections that are older than the enrolment: what the app opens again is captured.
-    async fn reset_older(&self, pod: &Workload) {
+    /// Closes the connections that are older than the enrolment: what the app opens again is captured. Whether that is done.
+    async fn reset_older(&self, pod: &Workload) -> bool {
         let (namespace, name) = (&pod.namespace, &pod.name);
         match timeout(limits::ENROL_STEP, self.shared.stages.reset_older(&self.uid)).await {
-            Ok(Ok(0)) => {}
             Ok(Ok(count)) => {
-                tracing::info!(%namespace, pod = %name, count, "Connections older than the enrolment were reset")
+                if count > 0 {
+                    tracing::info!(%namespace, pod = %name, count, "Connections older than the enrolment were reset");
+                }
+                true
             }
             Ok(Err(error)) => {
                 tracing::warn!(%namespace, pod = %name, reason = error.reason(), %error, "Older connections can't be reset");
+                false
             }
             Err(_) => {
-                tracing::warn!(%namespace, pod = %name, reason = "timeout", "Older connections were not reset in time")
+                tracing::warn!(%namespace, pod = %name, reason = "timeout", "Older connections were not reset in time");
+                false
             }
         }
     }

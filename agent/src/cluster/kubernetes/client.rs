@@ -48,17 +48,3 @@ pub async fn api_client(kubeconfig: Option<&Path>) -> Result<Client, ClientError
     config.default_retry = false;
     Client::try_from(config).map_err(|error| ClientError(error.to_string()))
 }
-
-/// An error with what caused it.
-pub(crate) fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let more = cause.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        source = cause.source();
-    }
-    text
-}

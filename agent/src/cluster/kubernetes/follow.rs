@@ -23,12 +23,11 @@ use serde::de::DeserializeOwned;
 use tokio::time::{sleep, timeout};
 
 use super::{
-    client::causes,
     reach::{Backoff, Reach},
     shared::Shared,
     store::{Name, Object, Resource},
 };
-use crate::{cluster::read::Fault, life::limits};
+use crate::{causes, cluster::read::Fault, life::limits};
 
 /// Why the API server's word can't be had.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,7 +59,7 @@ impl Trouble {
                 }
             },
             kube::Error::SerdeError(error) => Self::Unreadable(error.to_string()),
-            other => Self::Away(causes(other)),
+            other => Self::Away(causes::told(other)),
         }
     }
 

@@ -32,7 +32,6 @@ use serde_json::Value;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-pub(crate) use self::client::causes;
 pub use self::client::{ClientError, api_client};
 use self::{shared::Shared, source::Thread, store::Resource};
 use super::{Objects, PolicyKind, Problem, Settings, Snapshot, SourceError, View, index, read};

@@ -287,6 +287,19 @@ async fn what_fails_is_tried_again_until_it_works() {
 }
 
 #[tokio::test]
+async fn older_connections_that_could_not_be_reset_are_reset_after_the_next_proof() {
+    let fake = Fake::default();
+    fake.fails("reset a", 1);
+    let resets = |ready| Workload { ready, reset_on_enrol: true, ..pod("a") };
+    let running = Running::start(&fake, snapshot(1, [resets(true)]));
+    running.until("refused", |running| running.fake.has("failed reset a")).await;
+    running.snapshots.send(snapshot(2, [resets(false)])).unwrap();
+    running.until("reset", |running| running.fake.has("reset a")).await;
+    in_order(&running.fake, &["failed reset a", "prove a", "reset a"]);
+    running.end().await;
+}
+
+#[tokio::test]
 async fn older_connections_are_reset_once_and_only_where_the_pod_asks() {
     let resets = Workload { reset_on_enrol: true, ..pod("a") };
     let running = Running::start(&Fake::default(), snapshot(1, [resets, pod("b")]));

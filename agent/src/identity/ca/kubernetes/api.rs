@@ -13,7 +13,7 @@ use zeroize::Zeroizing;
 
 use super::pods;
 use crate::{
-    cluster::causes,
+    causes,
     identity::ca::{authorize::Pod, refusal::Refusal, review::Review, vitals::Vitals},
     life::limits,
 };
@@ -85,6 +85,6 @@ fn away(error: &kube::Error) -> Refusal {
         kube::Error::Api(status) => Refusal::ApiUnavailable(format!("{} {}", status.code, status.message)),
         // Its text may be that of an answer.
         kube::Error::SerdeError(_) => Refusal::ApiUnavailable("its answer can't be read".to_owned()),
-        other => Refusal::ApiUnavailable(causes(other)),
+        other => Refusal::ApiUnavailable(causes::told(other)),
     }
 }

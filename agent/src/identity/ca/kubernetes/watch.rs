@@ -21,7 +21,7 @@ use kube::{
 use tokio::time::{sleep, timeout};
 
 use super::pods::{Index, Pods, read};
-use crate::{cluster::causes, identity::ca::vitals::Vitals, life::limits};
+use crate::{causes, identity::ca::vitals::Vitals, life::limits};
 
 /// What readiness waits for until they are known.
 pub(super) const WAIT: &str = "the API server's list of pods";
@@ -52,7 +52,7 @@ async fn watch(pods: &Pods, client: Client, vitals: &Vitals) -> String {
         let patience = if listed.is_some() { limits::CA_LIST } else { Duration::MAX };
         let event = match timeout(patience, events.next()).await {
             Ok(Some(Ok(event))) => event,
-            Ok(Some(Err(error))) => return causes(&error),
+            Ok(Some(Err(error))) => return causes::told(&error),
             Ok(None) => return "the watch ended".to_owned(),
             Err(_) => return "no answer".to_owned(),
         };
