@@ -380,6 +380,12 @@ impl Agent {
         logs::parse(&fs::read_to_string(&self.access_log).unwrap_or_default())
     }
 
+    /// Empties the access log, as a rotation that truncates does.
+    pub fn forget_access_log(&self) -> Result<()> {
+        let opened = fs::OpenOptions::new().write(true).truncate(true).open(&self.access_log);
+        opened.map(drop).with_context(|| self.access_log.display().to_string())
+    }
+
     /// Waits for a line of the access log that fits.
     pub fn wait_access(&self, what: &str, fits: impl Fn(&Line) -> bool) -> Result<Line> {
         until(Duration::from_secs(10), what, || self.access_log().into_iter().find(|line| fits(line)))

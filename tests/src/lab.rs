@@ -85,6 +85,7 @@ pub struct LabBuilder {
     containers: bool,
     /// Agents follow an API server.
     kubernetes: bool,
+    logs_in_memory: bool,
 }
 
 impl LabBuilder {
@@ -144,6 +145,13 @@ impl LabBuilder {
         self
     }
 
+    /// No log touches a disk.
+    #[must_use]
+    pub fn logs_in_memory(mut self) -> Self {
+        self.logs_in_memory = true;
+        self
+    }
+
     /// More arguments for every agent.
     #[must_use]
     pub fn agent_args(mut self, args: &[&str]) -> Self {
@@ -165,6 +173,9 @@ impl LabBuilder {
         let claim = Claim::new()?;
         // From here on the lab is dropped, and so removed, whatever fails.
         let mut lab = Lab { ground: Arc::new(Ground::empty(claim)?), ca: None, root: None, keep: false, hushed: false };
+        if self.logs_in_memory {
+            lab.ground.claim.logs_in_memory()?;
+        }
         lab.raise(&self)?;
         Ok(lab)
     }
@@ -172,7 +183,7 @@ impl LabBuilder {
 
 impl Ground {
     fn empty(claim: Claim) -> Result<Self> {
-        fs::create_dir_all(claim.dir.join("logs"))?;
+        fs::create_dir_all(claim.logs())?;
         let manifests = Manifests::create(&claim.dir)?;
         Ok(Self {
             claim,
@@ -221,6 +232,7 @@ impl Lab {
             crl: None,
             containers: false,
             kubernetes: false,
+            logs_in_memory: false,
         }
     }
 

@@ -59,6 +59,8 @@ pub struct Arrived {
     /// When its byte came back (microseconds since the epoch).
     pub at_us: u64,
     pub tries: u64,
+    /// Its longest try: which, and how long (microseconds).
+    pub longest: (u64, u64),
 }
 
 /// Many short connections, each verified with one echoed byte.

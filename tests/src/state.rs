@@ -62,6 +62,17 @@ impl Claim {
         self.dir.join("bpf")
     }
 
+    /// Logs of agents and pods.
+    #[must_use]
+    pub fn logs(&self) -> PathBuf {
+        self.dir.join("logs")
+    }
+
+    /// Keeps logs in memory: for who measures the mesh, and not the disk that this machine has below `/run`.
+    pub fn logs_in_memory(&self) -> Result<()> {
+        mount(Some("logs"), &self.logs(), Some("tmpfs"), MsFlags::empty(), None::<&str>).context("mounting a tmpfs")
+    }
+
     /// The lab stays when its owner ends; only [`sweep_kept`] removes it.
     pub fn keep(&self) -> Result<()> {
         Ok(fs::write(self.dir.join("owner"), KEPT)?)
@@ -145,9 +156,11 @@ fn remove(prefix: &str) -> Result<()> {
         Netns::delete(&name)?;
     }
     let dir = Path::new(ROOT).join(prefix);
-    match umount2(&dir.join("bpf"), MntFlags::MNT_DETACH) {
-        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
-        Err(error) => return Err(error).context("unmounting the lab's bpffs"),
+    for mounted in ["bpf", "logs"] {
+        match umount2(&dir.join(mounted), MntFlags::MNT_DETACH) {
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+            Err(error) => return Err(error).with_context(|| format!("unmounting the lab's {mounted}")),
+        }
     }
     let _lock = lock()?;
     match fs::remove_dir_all(&dir) {

@@ -159,6 +159,41 @@ pub(super) struct Particulars {
     pub lasted: Duration,
 }
 
+/// [`Particulars`] as text, made once for both of a connection's lines; its memory serves the next connection.
+#[derive(Debug, Default)]
+pub(super) struct Printed {
+    text: Vec<u8>,
+    /// Where each of [`Open`] ends, in their order.
+    ends: [usize; 5],
+}
+
+impl Printed {
+    pub fn print(&mut self, particulars: &Particulars) {
+        let Particulars { time, source, bytes: (to_app, to_client), lasted } = particulars;
+        self.text.clear();
+        for (open, end) in
+            [Open::Time, Open::Source, Open::ToApp, Open::ToClient, Open::Lasted].iter().zip(&mut self.ends)
+        {
+            let text = &mut self.text;
+            // Into a Vec: it can't fail.
+            let _always_ok = match open {
+                Open::Time => write!(text, "{}", humantime::format_rfc3339_micros(*time)),
+                Open::Source => write!(text, "{source}"),
+                Open::ToApp => write!(text, "{to_app}"),
+                Open::ToClient => write!(text, "{to_client}"),
+                Open::Lasted => write!(text, "{}ms", lasted.as_millis()),
+            };
+            *end = text.len();
+        }
+    }
+
+    fn get(&self, open: Open) -> &[u8] {
+        let at = open as usize;
+        let start = at.checked_sub(1).map_or(0, |before| self.ends[before]);
+        self.text.get(start..self.ends[at]).unwrap_or_default()
+    }
+}
+
 /// A line but for its [`Particulars`].
 #[derive(Debug)]
 pub(super) struct Outline {
@@ -169,20 +204,12 @@ pub(super) struct Outline {
 
 impl Outline {
     /// Appends the line with its line feed.
-    pub fn fill(&self, particulars: &Particulars, line: &mut Vec<u8>) {
+    pub fn fill(&self, printed: &Printed, line: &mut Vec<u8>) {
         let mut from = 0;
         for (at, open) in &self.open {
             line.extend_from_slice(self.text.get(from..*at).unwrap_or_default());
+            line.extend_from_slice(printed.get(*open));
             from = *at;
-            let Particulars { time, source, bytes: (to_app, to_client), lasted } = particulars;
-            // Into a Vec: it can't fail.
-            let _always_ok = match open {
-                Open::Time => write!(line, "{}", humantime::format_rfc3339_micros(*time)),
-                Open::Source => write!(line, "{source}"),
-                Open::ToApp => write!(line, "{to_app}"),
-                Open::ToClient => write!(line, "{to_client}"),
-                Open::Lasted => write!(line, "{}ms", lasted.as_millis()),
-            };
         }
         line.extend_from_slice(self.text.get(from..).unwrap_or_default());
     }
@@ -208,9 +235,9 @@ impl Record<'_> {
     /// The line, which also tells of `suppressed` ones of its kind.
     fn line_after(&self, suppressed: u64, format: Format) -> Vec<u8> {
         let (bytes, lasted) = self.carried.unwrap_or_default();
-        let particulars = Particulars { time: self.time, source: self.flow.source, bytes, lasted };
-        let mut line = Vec::with_capacity(768);
-        self.outline(suppressed, format).fill(&particulars, &mut line);
+        let (mut printed, mut line) = (Printed::default(), Vec::with_capacity(768));
+        printed.print(&Particulars { time: self.time, source: self.flow.source, bytes, lasted });
+        self.outline(suppressed, format).fill(&printed, &mut line);
         line
     }
 

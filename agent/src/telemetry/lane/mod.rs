@@ -38,7 +38,7 @@ use self::{
 };
 use super::{
     Telemetry,
-    access_log::{Particulars, Record},
+    access_log::{Particulars, Printed, Record},
     traffic::Tally,
 };
 use crate::{
@@ -226,8 +226,7 @@ impl Lane<'_> {
             self.asked(pair);
             pair.flows.iter().for_each(|flow| super::told_opened(flow, *source));
         }
-        let clock = Clock::now();
-        let mut line = Vec::with_capacity(1_024);
+        let (clock, mut space) = (Clock::now(), Space::default());
         for told in &batch.ended {
             if told.established {
                 if let ending::Ending::Denied(denial) = &told.ending {
@@ -236,7 +235,7 @@ impl Lane<'_> {
             } else {
                 self.asked(&told.pair);
             }
-            self.log(told, &clock, &mut line);
+            self.log(told, &clock, &mut space);
         }
     }
 
@@ -248,11 +247,14 @@ impl Lane<'_> {
         }
     }
 
-    fn log(&self, told: &Told, clock: &Clock, line: &mut Vec<u8>) {
+    fn log(&self, told: &Told, clock: &Clock, Space { printed, line }: &mut Space) {
         let Telemetry { log, cluster, metrics, .. } = self.0;
         let lasted = Duration::from_nanos(told.closed.saturating_sub(told.opened));
         let (time, bytes) = (clock.wall(told.closed), told.bytes);
         let plain = told.ending.plain().filter(|_| told.established);
+        if plain.is_some() {
+            printed.print(&Particulars { time, source: told.source, bytes, lasted });
+        }
         for (reporter, flow) in told.pair.flows.iter().enumerate() {
             let outline = plain.and_then(|ending| {
                 let make = || {
@@ -263,7 +265,7 @@ impl Lane<'_> {
             });
             if let Some(outline) = outline {
                 line.clear();
-                outline.fill(&Particulars { time, source: told.source, bytes, lasted }, line);
+                outline.fill(printed, line);
                 log.queue(line);
                 continue;
             }
@@ -305,6 +307,13 @@ fn monotonic() -> u64 {
     // Linux has this clock always; without it ages are zero.
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Memory in which lines are made, one after the other.
+#[derive(Default)]
+struct Space {
+    printed: Printed,
+    line: Vec<u8>,
 }
 
 /// Both clocks at one moment.

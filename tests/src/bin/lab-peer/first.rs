@@ -1,6 +1,9 @@
 //! A client that wants in: it tries again and again until one connection is carried, and says when that was.
 
-use std::{thread::sleep, time::Duration};
+use std::{
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::bail;
 use heddle_lab::{
@@ -8,7 +11,7 @@ use heddle_lab::{
     reports::{Arrived, Event},
 };
 
-use crate::{dial::Dial, storm::once, tell};
+use crate::{dial::Dial, one::micros, storm::once, tell};
 
 /// Between two tries that failed.
 const PAUSE: Duration = Duration::from_millis(1);
@@ -16,11 +19,17 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// Says that it is ready, and then when the first connection had its byte echoed.
 pub fn run(dial: &Dial, time: Duration) -> anyhow::Result<()> {
     tell(&Event::Ready)?;
-    let (start, mut tries) = (std::time::Instant::now(), 0);
+    let (start, mut tries, mut longest) = (Instant::now(), 0, (0, 0));
     while start.elapsed() < time {
         tries += 1;
-        if once(dial).is_ok() {
-            return tell(&Arrived { at_us: now(), tries });
+        let began = Instant::now();
+        let done = once(dial);
+        let took = micros(began.elapsed());
+        if took > longest.1 {
+            longest = (tries, took);
+        }
+        if done.is_ok() {
+            return tell(&Arrived { at_us: now(), tries, longest });
         }
         sleep(PAUSE);
     }

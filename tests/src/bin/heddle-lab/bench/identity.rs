@@ -17,6 +17,8 @@ use super::{
 const ISSUED: &str = "certificates_per_second";
 const WAITS: &str = "enrolment_to_mtls";
 const NAMESPACE: &str = "bench";
+/// A pod that waits longer is told of: TCP sends a SYN again after a second.
+const SLOW: Duration = Duration::from_millis(500);
 
 /// Its rows.
 pub fn rows() -> Vec<Row> {
@@ -59,6 +61,14 @@ fn wait(lab: &Lab, number: usize) -> Result<f64> {
     client.wait_captured()?;
     client.delete()?;
     server.delete()?;
-    let micros = u32::try_from(arrived.at_us.saturating_sub(enrolled))?;
-    Ok(f64::from(micros) / 1_000.0)
+    let waited = Duration::from_micros(arrived.at_us.saturating_sub(enrolled));
+    if waited > SLOW {
+        let (longest, took) = arrived.longest;
+        println!(
+            "    pod {number} waited {waited:.0?}: {} tries, of which number {longest} took {:.0?}",
+            arrived.tries,
+            Duration::from_micros(took)
+        );
+    }
+    Ok(waited.as_secs_f64() * 1_000.0)
 }

@@ -47,6 +47,7 @@ const PROOFS: u64 = 16;
 /// Runs it once, and attributes the CPU time of the agents.
 pub fn take(stage: &Stage, place: Place, way: Way, what: Measurement, times: Times) -> Result<Taken> {
     let pair = stage.pair(place, way)?;
+    stage.forget_logs()?;
     let agents = if way == Way::Mesh { stage.agents(place)? } else { Vec::new() };
     let cpu = || agents.iter().map(|pid| cpu_seconds(*pid)).collect::<Result<Vec<f64>>>();
     let lane = stage::takes_the_lane(place, way);
