@@ -61,20 +61,21 @@ pub fn plural(plural: &str) -> Option<&'static Kind> {
     KINDS.iter().find(|kind| kind.plural == plural)
 }
 
-/// What a path of the API names.
-#[derive(Debug)]
-pub struct Target {
-    pub kind: &'static Kind,
-    pub version: String,
-    pub namespace: String,
+/// What a path of the API names, whether or not the stand-in has it.
+#[derive(Debug, Clone, Copy)]
+pub struct Named<'a> {
+    pub group: &'a str,
+    pub version: &'a str,
+    pub namespace: &'a str,
+    pub plural: &'a str,
     /// Empty for all of them.
-    pub name: String,
-    pub subresource: String,
+    pub name: &'a str,
+    pub subresource: &'a str,
 }
 
-impl Target {
+impl<'a> Named<'a> {
     /// `/api/v1/namespaces/x/pods/y/status` and its like.
-    pub fn parse(path: &str) -> Option<Self> {
+    pub fn parse(path: &'a str) -> Option<Self> {
         let mut parts = path.trim_matches('/').split('/');
         let group = match parts.next()? {
             "api" => "",
@@ -93,19 +94,36 @@ impl Target {
             [plural, name, subresource] => (*plural, *name, *subresource),
             _ => return None,
         };
-        let kind = KINDS
-            .iter()
-            .find(|kind| kind.group == group && kind.plural == plural && kind.versions.contains(&version))?;
-        let owned = str::to_owned;
-        Some(Self {
-            kind,
-            version: owned(version),
-            namespace: owned(namespace),
-            name: owned(name),
-            subresource: owned(subresource),
-        })
+        Some(Self { group, version, namespace, plural, name, subresource })
     }
 
+    pub fn target(self) -> Option<Target> {
+        let ours = |kind: &&Kind| {
+            kind.group == self.group && kind.plural == self.plural && kind.versions.contains(&self.version)
+        };
+        let owned = str::to_owned;
+        Some(Target {
+            kind: KINDS.iter().find(ours)?,
+            version: owned(self.version),
+            namespace: owned(self.namespace),
+            name: owned(self.name),
+            subresource: owned(self.subresource),
+        })
+    }
+}
+
+/// What is asked for, of what the stand-in has.
+#[derive(Debug)]
+pub struct Target {
+    pub kind: &'static Kind,
+    pub version: String,
+    pub namespace: String,
+    /// Empty for all of them.
+    pub name: String,
+    pub subresource: String,
+}
+
+impl Target {
     /// `apiVersion` of what it names.
     pub fn api_version(&self) -> String {
         if self.kind.group.is_empty() { self.version.clone() } else { format!("{}/{}", self.kind.group, self.version) }

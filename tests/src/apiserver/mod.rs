@@ -40,6 +40,8 @@ use self::{
 
 /// Entries of a list's page at most unless a test says otherwise, whatever is asked for: every list has several.
 const PAGE: usize = 3;
+/// The mesh's own namespace.
+const OWN: &str = "heddle-system";
 /// Who has a kubeconfig of [`ApiServer::write_kubeconfig`].
 const CA: &str = "ca";
 
@@ -76,9 +78,8 @@ struct Known {
     page: usize,
     /// Between two bookmarks of a watch.
     bookmarks: Duration,
-    seen: BTreeSet<Seen>,
-    /// By verb, plural, and whether a namespace was named.
-    counts: BTreeMap<(&'static str, &'static str, bool), usize>,
+    /// What was asked, and how often.
+    seen: BTreeMap<Seen, usize>,
 }
 
 /// One kind of request, as RBAC sees it.
@@ -93,6 +94,14 @@ pub struct Seen {
     pub namespace: String,
     /// Of lists and watches: that of their field selector.
     pub name: String,
+}
+
+impl Seen {
+    /// The resource as rules name it: with the subresource, where there is one.
+    #[must_use]
+    pub fn whole_resource(&self) -> String {
+        [&*self.resource, &*self.subresource].join("/").trim_end_matches('/').to_owned()
+    }
 }
 
 /// A pod as the API server tells of it.
@@ -124,8 +133,7 @@ impl ApiServer {
             hushed: false,
             page: PAGE,
             bookmarks: Duration::from_secs(60),
-            seen: BTreeSet::new(),
-            counts: BTreeMap::new(),
+            seen: BTreeMap::new(),
         };
         let address = listener.local_addr()?;
         let (certificate, connections, listener) = listen::listen(listener)?;
@@ -153,7 +161,7 @@ impl ApiServer {
         self.write_kubeconfig_of(path, CA)
     }
 
-    /// Writes a kubeconfig of a user, by whom [`ApiServer::verbs_seen`] tells requests apart.
+    /// Writes a kubeconfig of a user, by whom [`ApiServer::verbs_seen`] tells requests apart. Its namespace is the mesh's own.
     pub fn write_kubeconfig_of(&self, path: &Path, user: &str) -> io::Result<()> {
         let certificate = path.with_extension("crt");
         std::fs::write(&certificate, &self.certificate)?;
@@ -162,7 +170,7 @@ impl ApiServer {
             "apiVersion": "v1",
             "kind": "Config",
             "current-context": "lab",
-            "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": user}}],
+            "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": user, "namespace": OWN}}],
             "clusters": [{"name": "lab", "cluster": {
                 "server": format!("https://{}", self.address),
                 "certificate-authority": certificate,
@@ -314,21 +322,23 @@ impl ApiServer {
             "pods" => ("list", "pods", true),
             what => (what, "pods", false),
         };
-        let known = self.known();
-        known.counts.iter().find(|(key, _)| **key == (verb, plural, namespaced)).map_or(0, |(_, count)| *count)
+        self.sum(|seen| seen.verb == verb && seen.resource == plural && seen.namespace.is_empty() != namespaced)
     }
 
     /// How often a verb was used on a resource.
     #[must_use]
     pub fn count(&self, verb: &str, plural: &str) -> usize {
-        let known = self.known();
-        known.counts.iter().filter(|((v, p, _), _)| *v == verb && *p == plural).map(|(_, count)| count).sum()
+        self.sum(|seen| seen.verb == verb && seen.resource == plural)
+    }
+
+    fn sum(&self, counts: impl Fn(&Seen) -> bool) -> usize {
+        self.known().seen.iter().filter(|(seen, _)| counts(seen)).map(|(_, times)| times).sum()
     }
 
     /// Everything that anybody asked for.
     #[must_use]
     pub fn verbs_seen(&self) -> BTreeSet<Seen> {
-        self.known().seen.clone()
+        self.known().seen.keys().cloned().collect()
     }
 }
 

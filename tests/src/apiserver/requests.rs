@@ -13,9 +13,9 @@ use serde_json::{Value, json};
 
 use super::{
     Cluster, Fault, Known, Seen,
-    kinds::Target,
+    kinds::{Named, Target},
     patch,
-    select::Selection,
+    select::{self, Selection},
     store::{Key, Stored},
     tokens::review,
     watches::follow,
@@ -71,9 +71,8 @@ async fn answer(
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
-    let target = Target::parse(uri.path());
-    let plural = target.as_ref().map_or("", |target| target.kind.plural);
-    let fault = cluster.known().fault(plural);
+    let named = Named::parse(uri.path());
+    let fault = cluster.known().fault(named.map_or("", |named| named.plural));
     match fault {
         Some(Fault::Status(code)) => return failure(code, "Broken", "the API server is broken for a test"),
         Some(Fault::Silence | Fault::BlackHole) => std::future::pending().await,
@@ -86,30 +85,53 @@ async fn answer(
     let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     let user = shown.and_then(|shown| cluster.known().users.get(shown.strip_prefix("Bearer ")?).cloned());
     let Some(user) = user else { return failure(401, "Unauthorized", "Unauthorized") };
-    match (uri.path(), target) {
+    let verb = named.and_then(|named| verb(&method, named, &query));
+    if let (Some(named), Some(verb)) = (named, verb) {
+        cluster.known().see(user, verb, named, &query);
+    }
+    match (uri.path(), named.and_then(Named::target)) {
         ("/version", _) => {
             written(json!({"major": "1", "minor": "34", "gitVersion": "v1.34.0"}).to_string()).into_response()
         }
-        (REVIEWS, _) => {
-            let mut known = cluster.known();
-            let group = "authentication.k8s.io".to_owned();
-            let (resource, none) = ("tokenreviews".to_owned(), String::new);
-            let (subresource, namespace, name) = (none(), none(), none());
-            known.see("tokenreviews", Seen { user, verb: "create", group, resource, subresource, namespace, name });
-            token_review(&known, &body)
-        }
-        (_, Some(target)) if !cluster.known().absent.contains(target.kind.plural) => {
-            served(&cluster, user, &target, &method, &query, &headers, &body)
-        }
+        (REVIEWS, _) => token_review(&cluster.known(), &body),
+        (_, Some(target)) if !cluster.known().absent.contains(target.kind.plural) => match verb {
+            Some(verb) => served(&cluster, verb, &target, &query, &headers, &body),
+            None => failure(405, "MethodNotAllowed", "the server does not allow this method on the requested resource"),
+        },
         // As the real one answers what no handler has: no Status, and no JSON.
         _ => (StatusCode::NOT_FOUND, "404 page not found\n").into_response(),
     }
 }
 
+/// What RBAC calls a request.
+fn verb(method: &Method, named: Named<'_>, query: &Parameters) -> Option<&'static str> {
+    let watching = query.get("watch").is_some_and(|value| value == "true" || value == "1");
+    match (method, named.name.is_empty(), watching) {
+        (&Method::GET, false, _) => Some("get"),
+        (&Method::GET, true, false) => Some("list"),
+        (&Method::GET, true, true) => Some("watch"),
+        (&Method::POST, true, _) => Some("create"),
+        (&Method::PUT, false, _) => Some("update"),
+        (&Method::PATCH, false, _) => Some("patch"),
+        (&Method::DELETE, false, _) => Some("delete"),
+        _ => None,
+    }
+}
+
 impl Known {
-    fn see(&mut self, plural: &'static str, seen: Seen) {
-        *self.counts.entry((seen.verb, plural, !seen.namespace.is_empty())).or_default() += 1;
-        self.seen.insert(seen);
+    /// As RBAC of the real one: before anybody looks whether there is such a resource.
+    fn see(&mut self, user: String, verb: &'static str, named: Named<'_>, query: &Parameters) {
+        let owned = str::to_owned;
+        let seen = Seen {
+            user,
+            verb,
+            group: owned(named.group),
+            resource: owned(named.plural),
+            subresource: owned(named.subresource),
+            namespace: owned(named.namespace),
+            name: owned(if named.name.is_empty() { select::name(query) } else { named.name }),
+        };
+        *self.seen.entry(seen).or_default() += 1;
     }
 }
 
@@ -126,42 +148,17 @@ fn token_review(known: &Known, body: &[u8]) -> Response {
 
 fn served(
     cluster: &Arc<Cluster>,
-    user: String,
+    verb: &str,
     target: &Target,
-    method: &Method,
     query: &Parameters,
     headers: &HeaderMap,
     body: &[u8],
 ) -> Response {
-    let watching = query.get("watch").is_some_and(|value| value == "true" || value == "1");
-    let verb = match (method, target.name.is_empty(), watching) {
-        (&Method::GET, false, _) => "get",
-        (&Method::GET, true, false) => "list",
-        (&Method::GET, true, true) => "watch",
-        (&Method::POST, true, _) => "create",
-        (&Method::PUT, false, _) => "update",
-        (&Method::PATCH, false, _) => "patch",
-        (&Method::DELETE, false, _) => "delete",
-        _ => {
-            return failure(405, "MethodNotAllowed", "the server does not allow this method on the requested resource");
-        }
-    };
     let selection = match Selection::parse(target, query) {
         Ok(selection) => selection,
         Err(message) => return failure(400, "BadRequest", &message),
     };
     let mut known = cluster.known();
-    let name = if target.name.is_empty() { selection.name() } else { &target.name };
-    let seen = Seen {
-        user,
-        verb,
-        group: target.kind.group.to_owned(),
-        resource: target.kind.plural.to_owned(),
-        subresource: target.subresource.clone(),
-        namespace: target.namespace.clone(),
-        name: name.to_owned(),
-    };
-    known.see(target.kind.plural, seen);
     let key = Key::new(target.kind, &target.namespace, &target.name);
     match verb {
         "get" => known.store.get(&key).map_or_else(|| missing(target), found),
@@ -170,13 +167,15 @@ fn served(
             drop(known);
             follow(Arc::clone(cluster), target, selection, query)
         }
-        "delete" => match known.store.remove(&key) {
-            Some(gone) => {
-                cluster.tell();
-                found(&gone)
+        "delete" => {
+            if let Some(field) = known.store.get(&key).and_then(|there| unmet(&there.value, body)) {
+                return failure(409, "Conflict", &format!("Precondition failed: {field} is another"));
             }
-            None => missing(target),
-        },
+            let gone = known.store.remove(&key);
+            drop(known);
+            cluster.tell();
+            gone.map_or_else(|| missing(target), |gone| found(&gone))
+        }
         verb => {
             let content = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
             let written = write(&mut known, verb, target, key, content, body);
@@ -185,6 +184,15 @@ fn served(
             written
         }
     }
+}
+
+/// What the preconditions of DeleteOptions say, and is not so.
+fn unmet(there: &Value, options: &[u8]) -> Option<&'static str> {
+    let options: Value = serde_json::from_slice(options).unwrap_or_default();
+    let other = |wanted: &Value, is: &Value| !wanted.is_null() && wanted != is;
+    ["uid", "resourceVersion"]
+        .into_iter()
+        .find(|field| other(&options["preconditions"][field], &there["metadata"][field]))
 }
 
 /// One page. Its continue token says up to which version the list began, and the last name.

@@ -23,6 +23,12 @@ enum Label {
     IsNot(String, String),
 }
 
+/// The one name that is asked for, where it is one: what RBAC compares with `resourceNames`.
+pub fn name(query: &BTreeMap<String, String>) -> &str {
+    let mut terms = query.get("fieldSelector").map_or("", String::as_str).split(',');
+    terms.find_map(|term| term.strip_prefix("metadata.name=")).unwrap_or_default().trim_start_matches('=')
+}
+
 impl Selection {
     /// # Errors
     /// What can't be selected by, in the API server's words.
@@ -60,11 +66,6 @@ impl Selection {
         };
         let labels = terms("labelSelector").into_iter().map(label).collect();
         Ok(Self { namespace: target.namespace.clone(), fields, labels })
-    }
-
-    /// The one name that is asked for, where it is one: what RBAC compares with `resourceNames`.
-    pub fn name(&self) -> &str {
-        self.fields.iter().find(|(pointer, _)| *pointer == "/metadata/name").map_or("", |(_, name)| name)
     }
 
     pub fn fits(&self, key: &Key, object: &Value) -> bool {

@@ -152,6 +152,4 @@ fn as_readable_as(file: &fs::File, like: &Path) -> io::Result<()> {
 }
 
 #[cfg(test)]
-pub(super) mod stand_in;
-#[cfg(test)]
 mod tests;

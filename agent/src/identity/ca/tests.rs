@@ -28,9 +28,9 @@ use super::{
     refusal::Refusal,
     root::Root,
 };
-/// The API server of the lab, and nothing else of it.
-use crate::cluster::kubernetes::stand_in as apiserver;
 use crate::{
+    // The API server of the lab, and nothing else of it.
+    cluster::{api_client, kubernetes::stand_in as apiserver},
     identity::{
         IMPERSONATED_IDENTITY, SpiffeId, TrustDomain,
         key::WorkloadKey,
@@ -42,6 +42,23 @@ use crate::{
 
 const WEB: &str = "spiffe://mesh.test/ns/shop/sa/web";
 const HOUR: Duration = Duration::from_secs(3_600);
+
+/// An API server, and a directory with a `kubeconfig` that leads there.
+async fn api_server() -> (apiserver::ApiServer, tempfile::TempDir) {
+    // As `heddle ca` does at its start; the tests of a process share it.
+    let _ = rustls::crypto::CryptoProvider::install_default(rustls::crypto::aws_lc_rs::default_provider());
+    let api = apiserver::ApiServer::start().await.unwrap();
+    let directory = tempfile::Builder::new().prefix("hi-").tempdir().unwrap();
+    api.write_kubeconfig(&directory.path().join("kubeconfig")).unwrap();
+    (api, directory)
+}
+
+/// An API server, and who asks it.
+pub(super) async fn api_server_and_client() -> (apiserver::ApiServer, kube::Client) {
+    let (api, directory) = api_server().await;
+    let client = api_client(Some(&directory.path().join("kubeconfig"))).await.unwrap();
+    (api, client)
+}
 
 fn trust_domain() -> TrustDomain {
     "mesh.test".parse().unwrap()

@@ -8,13 +8,17 @@ use k8s_openapi::{
 };
 use tokio::task::JoinHandle;
 
-use super::{stand_in::ApiServer, *};
-use crate::identity::{
-    ca::{
-        CaError, pem,
-        source::{BUNDLE, CERTIFICATE, KEY, KeySource},
+use super::*;
+use crate::{
+    cluster::kubernetes::stand_in::{ApiServer, Fault},
+    identity::{
+        ca::{
+            CaError, pem,
+            source::{BUNDLE, CERTIFICATE, KEY, KeySource},
+            tests::api_server_and_client,
+        },
+        tests::support::{TestRoot, trust_domain, within},
     },
-    tests::support::{TestRoot, trust_domain, within},
 };
 
 const OWN: &str = "heddle-system";
@@ -25,8 +29,8 @@ fn source() -> KeySource {
     KeySource::Secret { namespace: OWN.to_owned(), name: SECRET.to_owned(), lifetime: Duration::from_secs(86_400) }
 }
 
-async fn open(api: &ApiServer) -> Result<Arc<Keys>, CaError> {
-    Keys::open(source(), &trust_domain(), Some(&api.client)).await.map(Arc::new)
+async fn open(client: &kube::Client) -> Result<Arc<Keys>, CaError> {
+    Keys::open(source(), &trust_domain(), Some(client)).await.map(Arc::new)
 }
 
 /// A replica: its key, followed and published until it is dropped.
@@ -37,10 +41,10 @@ struct Replica {
 }
 
 impl Replica {
-    async fn start(api: &ApiServer) -> Self {
-        let keys = open(api).await.unwrap();
+    async fn start(client: &kube::Client) -> Self {
+        let keys = open(client).await.unwrap();
         let stop = CancellationToken::new();
-        let publisher = Publisher::new(Arc::clone(&keys), None, Some((api.client.clone(), OWN))).unwrap();
+        let publisher = Publisher::new(Arc::clone(&keys), None, Some((client.clone(), OWN))).unwrap();
         let (followed, following) = (Arc::clone(&keys), stop.clone());
         tokio::spawn(async move { followed.follow(following).await });
         let publishing = Some(tokio::spawn(publisher.run(stop.clone())));
@@ -59,7 +63,7 @@ impl Drop for Replica {
 }
 
 fn namespace(api: &ApiServer, name: &str, labels: Value) {
-    api.put("namespaces", "", json!({"metadata": {"name": name, "labels": labels}}));
+    api.put_as("namespaces", json!({"metadata": {"name": name, "labels": labels}}));
 }
 
 fn published(api: &ApiServer, namespace: &str) -> Option<String> {
@@ -72,8 +76,8 @@ fn secret_of(api: &ApiServer) -> Secret {
 
 #[tokio::test]
 async fn replicas_that_start_at_once_make_one_key() {
-    let api = ApiServer::start().await;
-    let opened = futures::future::join_all((0..8).map(|_| open(&api))).await;
+    let (api, client) = api_server_and_client().await;
+    let opened = futures::future::join_all((0..8).map(|_| open(&client))).await;
     let chains: Vec<_> = opened.into_iter().map(|keys| keys.unwrap().current().chain.clone()).collect();
     assert!(chains.iter().all(|chain| *chain == chains[0]), "replicas have different roots");
     let secret = secret_of(&api);
@@ -83,30 +87,31 @@ async fn replicas_that_start_at_once_make_one_key() {
 
 #[tokio::test]
 async fn a_secret_that_makes_no_sense_is_told_and_never_overwritten() {
-    let api = ApiServer::start().await;
-    api.put("secrets", OWN, json!({"metadata": {"name": SECRET}, "data": {"tls.crt": "bm90aGluZw=="}}));
+    let (api, client) = api_server_and_client().await;
+    let metadata = json!({"namespace": OWN, "name": SECRET});
+    api.put_as("secrets", json!({"metadata": metadata, "data": {"tls.crt": "bm90aGluZw=="}}));
     let before = api.get("secrets", OWN, SECRET);
-    let error = open(&api).await.map(drop).unwrap_err();
+    let error = open(&client).await.map(drop).unwrap_err();
     assert_eq!(
         error.to_string().split(';').next().unwrap(),
         "tls.crt of Secret heddle-system/heddle-ca: holds no certificates in PEM: none"
     );
     assert_eq!(api.get("secrets", OWN, SECRET), before);
-    api.break_down(true);
-    let error = open(&api).await.map(drop).unwrap_err();
+    api.break_down(Some(Fault::Status(500)));
+    let error = open(&client).await.map(drop).unwrap_err();
     assert_eq!(error.reason(), "unreadable", "{error}");
     assert!(error.to_string().starts_with("Secret heddle-system/heddle-ca: can't be read"), "{error}");
 }
 
 #[tokio::test]
 async fn a_changed_secret_is_followed_by_all_and_a_bad_one_by_none() {
-    let api = ApiServer::start().await;
-    let replicas = [Replica::start(&api).await, Replica::start(&api).await];
+    let (api, client) = api_server_and_client().await;
+    let replicas = [Replica::start(&client).await, Replica::start(&client).await];
     let first = replicas[0].bundle();
     let good = api.get("secrets", OWN, SECRET).unwrap();
     let mut bad = good.clone();
     bad["data"].as_object_mut().unwrap().remove(KEY);
-    api.put("secrets", OWN, bad);
+    api.put(bad);
     for replica in &replicas {
         within(PATIENCE, "the bad Secret noticed", || replica.keys.status().bad.is_some()).await;
         let bad = replica.keys.status().bad.unwrap().to_string();
@@ -124,8 +129,8 @@ async fn a_changed_secret_is_followed_by_all_and_a_bad_one_by_none() {
         .map(|(key, text)| (key.to_owned(), k8s_openapi::ByteString(text.into_bytes())));
     let secret = Secret { data: Some(data.into()), ..Secret::default() };
     let mut secret = serde_json::to_value(secret).unwrap();
-    secret["metadata"]["name"] = json!(SECRET);
-    api.put("secrets", OWN, secret);
+    secret["metadata"] = json!({"namespace": OWN, "name": SECRET});
+    api.put(secret);
     for replica in &replicas {
         within(PATIENCE, "the new root in force", || replica.bundle() == pem(next.certificate.der())).await;
         assert_eq!(replica.keys.status().bad, None);
@@ -134,11 +139,11 @@ async fn a_changed_secret_is_followed_by_all_and_a_bad_one_by_none() {
 
 #[tokio::test]
 async fn enrolled_namespaces_get_the_bundle_from_the_one_that_holds_the_lease() {
-    let api = ApiServer::start().await;
+    let (api, client) = api_server_and_client().await;
     namespace(&api, "shop", json!({"heddle.dev/mesh": "enabled"}));
     namespace(&api, "left", json!({"heddle.dev/mesh": "disabled"}));
     namespace(&api, "apart", json!({}));
-    let mut replicas = [Replica::start(&api).await, Replica::start(&api).await];
+    let mut replicas = [Replica::start(&client).await, Replica::start(&client).await];
     let bundle = replicas[0].bundle();
     let there = |name: &str| published(&api, name).is_some_and(|there| there == bundle);
     within(PATIENCE, "the bundle in both namespaces", || there(OWN) && there("shop")).await;
@@ -149,13 +154,16 @@ async fn enrolled_namespaces_get_the_bundle_from_the_one_that_holds_the_lease() 
     // A namespace that leaves loses it, unless somebody else made it; a pod's own label does for its namespace, where that
     // does not say no.
     let pod = |namespace: &str, name: &str| {
-        let metadata = json!({"name": name, "labels": {"heddle.dev/mesh": "enabled"}});
-        api.put("pods", namespace, json!({"metadata": metadata}));
+        let metadata = json!({"namespace": namespace, "name": name, "labels": {"heddle.dev/mesh": "enabled"}});
+        api.put_as("pods", json!({ "metadata": metadata }));
+    };
+    let theirs = |namespace: &str| {
+        let metadata = json!({"namespace": namespace, "name": config_maps::NAME});
+        api.put_as("configmaps", json!({"metadata": metadata, "data": {"root-cert.pem": "mine"}}));
     };
     pod("apart", "alone");
     pod("left", "stubborn");
-    let foreign = json!({"metadata": {"name": config_maps::NAME}, "data": {"root-cert.pem": "mine"}});
-    api.put("configmaps", "foreign", foreign);
+    theirs("foreign");
     within(PATIENCE, "the bundle beside the one pod", || there("apart")).await;
     assert_eq!(published(&api, "left"), None);
     api.remove("pods", "apart", "alone");
@@ -167,7 +175,7 @@ async fn enrolled_namespaces_get_the_bundle_from_the_one_that_holds_the_lease() 
     within(PATIENCE, "the bundle back", || there("shop")).await;
 
     // What somebody else wrote, or took away, is put right; a namespace that joins gets it.
-    api.put("configmaps", "shop", json!({"metadata": {"name": config_maps::NAME}, "data": {"root-cert.pem": "mine"}}));
+    theirs("shop");
     api.remove("configmaps", OWN, config_maps::NAME);
     namespace(&api, "late", json!({"heddle.dev/mesh": "enabled"}));
     within(PATIENCE, "the bundle put right", || there(OWN) && there("shop") && there("late")).await;
@@ -186,7 +194,7 @@ async fn enrolled_namespaces_get_the_bundle_from_the_one_that_holds_the_lease() 
         replica.publishing.take().unwrap().await.unwrap();
     }
     assert_eq!(holder(), None);
-    let third = Replica::start(&api).await;
+    let third = Replica::start(&client).await;
     namespace(&api, "later", json!({"heddle.dev/mesh": "enabled"}));
     within(limits::LEASE, "the next holder's work", || published(&api, "later") == Some(third.bundle())).await;
     assert!(holder().is_some_and(|holder| holder != first));
@@ -194,15 +202,15 @@ async fn enrolled_namespaces_get_the_bundle_from_the_one_that_holds_the_lease() 
 
 #[tokio::test]
 async fn a_holder_that_dies_without_a_word_is_succeeded_when_its_lease_is_over_and_no_sooner() {
-    let api = ApiServer::start().await;
-    let mut first = Replica::start(&api).await;
+    let (api, client) = api_server_and_client().await;
+    let mut first = Replica::start(&client).await;
     let holder = || api.get("leases", OWN, lease::NAME).map(|lease| lease["spec"]["holderIdentity"].clone());
     within(PATIENCE, "a holder", || holder().is_some()).await;
     let dead = holder();
     // As a node that loses its power: nothing is given back.
     first.publishing.take().unwrap().abort();
     let died = Instant::now();
-    let second = Replica::start(&api).await;
+    let second = Replica::start(&client).await;
     namespace(&api, "shop", json!({"heddle.dev/mesh": "enabled"}));
     within(limits::LEASE + PATIENCE, "another holder", || holder() != dead).await;
     let took = died.elapsed();
@@ -213,8 +221,8 @@ async fn a_holder_that_dies_without_a_word_is_succeeded_when_its_lease_is_over_a
 
 #[tokio::test]
 async fn a_holder_that_comes_back_finds_that_it_is_none() {
-    let api = ApiServer::start().await;
-    let [mut one, mut other] = [(); 2].map(|()| lease::Lease::new(api.client.clone(), OWN));
+    let (_api, client) = api_server_and_client().await;
+    let [mut one, mut other] = [(); 2].map(|()| lease::Lease::new(client.clone(), OWN));
     assert!(one.hold().await);
     let stood_still = Instant::now();
     while !other.hold().await {

@@ -13,13 +13,16 @@ use tempfile::TempDir;
 use tokio::{net::TcpListener, task::JoinHandle};
 
 use super::*;
-use crate::identity::{
-    ca::{
-        publish::stand_in::ApiServer,
-        source::{KeySource, Keys},
+use crate::{
+    cluster::kubernetes::stand_in::ApiServer,
+    identity::{
+        ca::{
+            source::{KeySource, Keys},
+            tests::api_server_and_client,
+        },
+        roots::span,
+        tests::support::{TestRoot, trust_domain, within},
     },
-    roots::span,
-    tests::support::{TestRoot, trust_domain, within},
 };
 
 /// The /metrics of an agent, or of a replica of the CA, as the test wants them.
@@ -251,15 +254,16 @@ const SOON: Duration = Duration::from_secs(30);
 fn own_pod(api: &ApiServer, component: &str, name: &str, phase: &str, address: Option<IpAddr>) {
     let labels = json!({"app.kubernetes.io/name": "heddle", "app.kubernetes.io/component": component});
     let status = json!({"phase": phase, "podIP": address.map(|address| address.to_string())});
-    api.put("pods", OWN, json!({"metadata": {"name": name, "labels": labels}, "status": status}));
+    let metadata = json!({"namespace": OWN, "name": name, "labels": labels});
+    api.put_as("pods", json!({"metadata": metadata, "status": status}));
 }
 
 #[tokio::test]
 async fn a_secret_is_rotated_with_agents_and_replicas_that_are_found_by_their_pods() {
-    let api = ApiServer::start().await;
+    let (api, client) = api_server_and_client().await;
     // A replica that runs: it makes the Secret, and follows it.
     let source = KeySource::Secret { namespace: OWN.to_owned(), name: SECRET.to_owned(), lifetime: SOON * 1_000 };
-    let keys = Arc::new(Keys::open(source, &trust_domain(), Some(&api.client)).await.unwrap());
+    let keys = Arc::new(Keys::open(source, &trust_domain(), Some(&client)).await.unwrap());
     let (following, stop) = (Arc::clone(&keys), tokio_util::sync::CancellationToken::new());
     let _stops = stop.clone().drop_guard();
     tokio::spawn(async move { following.follow(stop).await });
@@ -267,12 +271,12 @@ async fn a_secret_is_rotated_with_agents_and_replicas_that_are_found_by_their_po
     let trusted = || keys.current().bundle().iter().map(serial).collect::<Vec<_>>();
     let [agents, replicas] = [Agent::start_two().await, Agent::start_two().await];
     let pods = |group: &[Agent; 2]| Places::Pods {
-        client: api.client.clone(),
+        client: client.clone(),
         namespace: OWN.to_owned(),
         port: group[0].address.port(),
     };
     let rotation = Rotation {
-        store: Store::Secret { client: api.client.clone(), namespace: OWN.to_owned(), name: SECRET.to_owned() },
+        store: Store::Secret { client: client.clone(), namespace: OWN.to_owned(), name: SECRET.to_owned() },
         agents: Group::agents(pods(&agents)),
         replicas: Group::replicas(pods(&replicas)),
         trust_domain: trust_domain(),
@@ -318,7 +322,7 @@ async fn a_secret_is_rotated_with_agents_and_replicas_that_are_found_by_their_po
     let stored = rotation.store.read().await.unwrap();
     let mut theirs = api.get("secrets", OWN, SECRET).unwrap();
     theirs["metadata"]["labels"]["theirs"] = json!("yes");
-    api.put("secrets", OWN, theirs);
+    api.put(theirs);
     let error = rotation.store.write(stored, vec![take_away(PREVIOUS_KEY)]).await.unwrap_err().to_string();
     assert!(error.starts_with("Secret heddle-system/heddle-ca: ") && error.contains("Conflict"), "{error}");
     assert_eq!(step(Step::Finish).await, Vec::<String>::new());

@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig};
 
 use super::{
-    HOUR, WEB,
+    HOUR, WEB, api_server,
     apiserver::{ApiServer, Fault, Token, pod},
     config, named,
     off_node::{agent, pods},
@@ -45,7 +45,7 @@ impl Drop for Cluster {
     }
 }
 
-fn nodes(directory: &tempfile::TempDir) -> CaConfig {
+pub(super) fn nodes(directory: &tempfile::TempDir) -> CaConfig {
     CaConfig {
         authorization: Authorization::Nodes(NodeAuthorization {
             kubeconfig: Some(directory.path().join("kubeconfig")),
@@ -65,11 +65,7 @@ impl Cluster {
     }
 
     async fn start_with(pods: Vec<serde_json::Value>, fault: Option<Fault>) -> Self {
-        let directory = tempfile::Builder::new().prefix("hi-").tempdir().unwrap();
-        // As `heddle ca` does at its start; the tests of a process share it.
-        let _ = rustls::crypto::CryptoProvider::install_default(rustls::crypto::aws_lc_rs::default_provider());
-        let api = ApiServer::start().await.unwrap();
-        api.write_kubeconfig(&directory.path().join("kubeconfig")).unwrap();
+        let (api, directory) = api_server().await;
         pods.into_iter().for_each(|pod| api.put(pod));
         api.break_down(fault);
         let ca = Ca::bind(nodes(&directory)).await.unwrap();

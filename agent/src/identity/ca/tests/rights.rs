@@ -1,7 +1,7 @@
 //! Everything that a CA asks the API server for while it does all that it does, held against `deploy/ca/rbac.yaml`: it is allowed to
 //! the letter, and nothing more is allowed.
 
-use std::{collections::BTreeMap, fs, time::Duration};
+use std::time::Duration;
 
 use k8s_openapi::api::rbac::v1::PolicyRule;
 use serde_json::{Value, json};
@@ -9,15 +9,14 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig};
 
 use super::{
-    HOUR, WEB,
-    apiserver::{self, Token, pod},
-    config, named, plain_csr, request,
+    HOUR, WEB, api_server,
+    apiserver::{Seen, Token, pod},
+    named,
+    nodes::nodes,
+    plain_csr, request,
 };
 use crate::identity::{
-    ca::{
-        Authorization, Ca, CaConfig, KeySource, NodeAuthorization,
-        publish::stand_in::{ApiServer, Asked},
-    },
+    ca::{Ca, CaConfig, KeySource},
     proto::istio_certificate_service_client::IstioCertificateServiceClient,
     tests::support::within,
 };
@@ -46,37 +45,27 @@ fn has(list: &Option<Vec<String>>, wanted: &str) -> bool {
 }
 
 /// Whether the rule is one for this request, by this verb and resource.
-fn allows((place, rule): &Rule, asked: &Asked) -> bool {
+fn allows((place, rule): &Rule, asked: &Seen) -> bool {
     (place.is_empty() || *place == asked.namespace)
         && rule.verbs.iter().any(|verb| verb == asked.verb)
         && has(&rule.api_groups, &asked.group)
-        && has(&rule.resources, &asked.resource)
+        && has(&rule.resources, &asked.whole_resource())
         && (rule.resource_names.is_none() || has(&rule.resource_names, &asked.name))
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn all_that_a_ca_asks_for_is_allowed_and_nothing_else_is() {
-    let api = ApiServer::start().await;
-    let directory = tempfile::Builder::new().prefix("hi-").tempdir().unwrap();
-    let _ = rustls::crypto::CryptoProvider::install_default(rustls::crypto::aws_lc_rs::default_provider());
-    let kubeconfig = directory.path().join("kubeconfig");
-    fs::write(&kubeconfig, api.kubeconfig().to_string()).unwrap();
-    api.put("pods", OWN, pod(OWN, "heddle-a", "agent-1", "heddle", "node-1"));
-    api.put("pods", "shop", pod("shop", "web-0", "web-0", "web", "node-1"));
+    let (api, directory) = api_server().await;
+    api.put(pod(OWN, "heddle-a", "agent-1", "heddle", "node-1"));
+    api.put(pod("shop", "web-0", "web-0", "web", "node-1"));
     let mesh = |enabled: &str| {
         let metadata = json!({"name": "shop", "labels": {"heddle.dev/mesh": enabled}});
-        api.put("namespaces", "", json!({ "metadata": metadata }));
+        api.put_as("namespaces", json!({ "metadata": metadata }));
     };
     mesh("enabled");
     let ca = Ca::bind(CaConfig {
         root: KeySource::Secret { namespace: OWN.to_owned(), name: "heddle-ca".to_owned(), lifetime: HOUR },
-        authorization: Authorization::Nodes(NodeAuthorization {
-            kubeconfig: Some(kubeconfig),
-            audience: "istio-ca".to_owned(),
-            agents: vec!["heddle-system/heddle".parse().unwrap()],
-            cluster_id: "Kubernetes".to_owned(),
-        }),
-        ..config(&directory)
+        ..nodes(&directory)
     })
     .await
     .unwrap();
@@ -87,33 +76,30 @@ async fn all_that_a_ca_asks_for_is_allowed_and_nothing_else_is() {
     within(PATIENCE, "the pods", || vitals.waiting_for().is_empty()).await;
 
     // Requests: what the watch knows, what it does not know, and a caller that it does not know.
-    let ask = async |token: Token, identity: &str| {
-        let text = token.text(0);
-        let tokens = BTreeMap::from([(text.clone(), token)]);
-        api.reviewed(&text, apiserver::review(&tokens, &text, &["istio-ca".to_owned()]));
+    let ask = async |token: &str, identity: &str| {
         let mut asked = tonic::Request::new(request(plain_csr(), named(identity), 60));
-        asked.metadata_mut().insert("authorization", format!("Bearer {text}").parse().unwrap());
+        asked.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
         let mut client = IstioCertificateServiceClient::new(channel.clone());
         client.create_certificate(asked).await.map(drop).map_err(|status| status.code())
     };
-    let agent = |pod: &str| Token::of(OWN, "heddle", pod, "agent-1");
-    ask(agent("heddle-a"), WEB).await.unwrap();
+    let [known, unknown] = ["heddle-a", "heddle-z"].map(|pod| api.issue(Token::of(OWN, "heddle", pod, "agent-1")));
+    ask(&known, WEB).await.unwrap();
     let refused = Err(tonic::Code::Unauthenticated);
-    assert_eq!(ask(agent("heddle-a"), "spiffe://mesh.test/ns/shop/sa/api").await, refused);
-    assert_eq!(ask(agent("heddle-z"), WEB).await, refused);
+    assert_eq!(ask(&known, "spiffe://mesh.test/ns/shop/sa/api").await, refused);
+    assert_eq!(ask(&unknown, WEB).await, refused);
 
     // The trust bundle: made, put right, and taken away again.
     let there = || api.get("configmaps", "shop", BUNDLE);
     within(PATIENCE, "the bundle", || there().is_some() && api.get("configmaps", OWN, BUNDLE).is_some()).await;
     let published = there().unwrap()["data"].clone();
-    api.put("configmaps", "shop", json!({"metadata": {"name": BUNDLE}, "data": {}}));
+    api.put_as("configmaps", json!({"metadata": {"namespace": "shop", "name": BUNDLE}, "data": {}}));
     within(PATIENCE, "the bundle put right", || there().is_some_and(|map| map["data"] == published)).await;
     mesh("disabled");
     within(PATIENCE, "the bundle gone", || there().is_none()).await;
     stop.cancel();
     running.await.unwrap().unwrap();
 
-    let (rules, asked) = (rules(), api.asked());
+    let (rules, asked) = (rules(), api.verbs_seen());
     for asked in &asked {
         assert!(rules.iter().any(|rule| allows(rule, asked)), "deploy/ca/rbac.yaml does not allow {asked:?}");
     }
@@ -127,8 +113,9 @@ async fn all_that_a_ca_asks_for_is_allowed_and_nothing_else_is() {
         }
         for verb in &rule.1.verbs {
             for resource in rule.1.resources.iter().flatten() {
-                let used = |asked: &&Asked| allows(rule, asked) && asked.verb == *verb && asked.resource == *resource;
-                assert!(asked.iter().any(|asked| used(&asked)), "nobody needs {verb} of {resource}: {rule:?}");
+                let used =
+                    |asked: &Seen| allows(rule, asked) && asked.verb == *verb && asked.whole_resource() == *resource;
+                assert!(asked.iter().any(used), "nobody needs {verb} of {resource}: {rule:?}");
             }
         }
     }
