@@ -45,11 +45,7 @@ fn agents_ask_for_what_their_role_allows_and_their_role_allows_no_more() -> Resu
     let asked: BTreeSet<(String, String, String)> = seen
         .into_iter()
         .filter(|seen| seen.user == "agent")
-        .map(|seen| {
-            let subresource =
-                if seen.subresource.is_empty() { String::new() } else { format!("/{}", seen.subresource) };
-            (seen.group, format!("{}{subresource}", seen.resource), seen.verb.to_owned())
-        })
+        .map(|seen| (seen.group.clone(), seen.whole_resource(), seen.verb.to_owned()))
         .collect();
     let missing: Vec<_> = asked.difference(&of_rules).collect();
     ensure!(missing.is_empty(), "agents ask for what deploy/agent/rbac.yaml does not allow: {missing:?}");

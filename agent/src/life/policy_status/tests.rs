@@ -115,11 +115,7 @@ fn allowed(api: &ApiServer) {
         .collect();
     let has = |list: &Value, wanted: &str| list.as_array().unwrap().iter().any(|one| one == wanted);
     for seen in api.verbs_seen() {
-        let resource = if seen.subresource.is_empty() {
-            seen.resource.clone()
-        } else {
-            format!("{}/{}", seen.resource, seen.subresource)
-        };
+        let resource = seen.whole_resource();
         let fits = |rule: &Value| {
             has(&rule["apiGroups"], &seen.group) && has(&rule["resources"], &resource) && has(&rule["verbs"], seen.verb)
         };
