@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::Context;
+use http::StatusCode;
 use k8s_openapi::{
     api::{
         apps::v1::{DaemonSet, Deployment},
@@ -40,28 +41,22 @@ pub(super) struct Question<'a> {
 
 /// Asks and judges. A question that gets no answer is a finding of its own.
 pub(super) fn check(way: &Kubeconfig, question: &Question<'_>, patience: Duration) -> Vec<Finding> {
-    way.ask(patience, async |client| Ok(all(&client, question).await)).unwrap_or_else(|error| {
-        let fix = "see that the kubeconfig leads to a cluster that runs";
-        vec![Finding::new(Severity::Error, "api_server_unreachable", "API server", format!("{error:#}"), fix)]
-    })
+    way.ask(patience, async |client| Ok(all(&client, question).await))
+        .unwrap_or_else(|error| vec![unreachable(format!("{error:#}"))])
+}
+
+fn unreachable(error: impl Into<String>) -> Finding {
+    let fix = "see that the kubeconfig leads to a cluster that runs";
+    Finding::new(Severity::Error, "api_server_unreachable", "API server", error, fix)
 }
 
 async fn all(client: &Client, question: &Question<'_>) -> Vec<Finding> {
-    let mut found = Vec::new();
-    match clock(client).await {
-        Ok(finding) => found.push(finding),
-        Err(error) => {
-            let fix = "see that the kubeconfig leads to a cluster that runs";
-            found.push(Finding::new(
-                Severity::Error,
-                "api_server_unreachable",
-                "API server",
-                format!("{error:#}"),
-                fix,
-            ));
-            return found;
-        }
-    }
+    let mut found = match clock(client).await {
+        Ok(Ok(finding)) => vec![finding],
+        // Nothing else would be answered either.
+        Ok(Err(useless)) => return vec![useless],
+        Err(error) => return vec![unreachable(format!("{error:#}"))],
+    };
     for name in CRDS {
         let api: Api<CustomResourceDefinition> = Api::all(client.clone());
         found.push(asked(
@@ -97,15 +92,28 @@ fn unasked(what: &str, error: &dyn std::error::Error) -> Finding {
     Finding::new(Severity::Warning, "not_asked", what, error.to_string(), fix)
 }
 
-/// The API server's clock, by the date of an answer.
-async fn clock(client: &Client) -> anyhow::Result<Finding> {
+/// The API server's clock, by the date of an answer; or that its answers are of no use.
+async fn clock(client: &Client) -> anyhow::Result<Result<Finding, Finding>> {
     let request = http::Request::get("/version").body(Body::empty())?;
     let answer = client.send(request).await?;
+    if let Some(finding) = useless(answer.status()) {
+        return Ok(Err(finding));
+    }
     let date = answer.headers().get(http::header::DATE).context("the API server's answer has no date")?.to_str()?;
     let theirs =
         jiff::fmt::rfc2822::parse(date).context("the date of the API server's answer")?.timestamp().as_second();
     let own = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    Ok(skew(theirs - i64::try_from(own).unwrap_or(i64::MAX)))
+    Ok(Ok(skew(theirs - i64::try_from(own).unwrap_or(i64::MAX))))
+}
+
+/// Whether an API server that answers so answers nobody, or not us. Who is known and may not ask this may ask other things.
+fn useless(status: StatusCode) -> Option<Finding> {
+    if status == StatusCode::UNAUTHORIZED {
+        let fix = "renew the credentials in the kubeconfig";
+        let detail = format!("does not know who asks ({status})");
+        return Some(Finding::new(Severity::Error, "not_authenticated", "API server", detail, fix));
+    }
+    status.is_server_error().then(|| unreachable(format!("answers, but is of no use: {status}")))
 }
 
 /// `ahead`: how far the API server's clock is ahead of ours (seconds).
@@ -203,35 +211,47 @@ fn error_text(error: &dyn std::error::Error) -> String {
 
 /// The policies that keep tunnels out of, or in, the pods of enrolled namespaces, or of the named one.
 async fn policies(client: &Client, only: Option<&str>) -> Result<Vec<Finding>, kube::Error> {
+    let all = Api::<Namespace>::all(client.clone());
     let namespaces: Vec<Namespace> = match only {
-        Some(name) => vec![Api::<Namespace>::all(client.clone()).get(name).await?],
-        None => {
-            let labelled = ListParams::default().labels(&format!("{MESH}=enabled"));
-            Api::<Namespace>::all(client.clone()).list(&labelled).await?.items
-        }
+        Some(name) => match all.get_opt(name).await? {
+            Some(mut namespace) => {
+                // As if it were enrolled: that is what is asked.
+                namespace.labels_mut().insert(MESH.to_owned(), "enabled".to_owned());
+                vec![namespace]
+            }
+            None => {
+                let what = format!("namespace {name}");
+                let fix = "give the name of one that is there";
+                return Ok(vec![Finding::new(Severity::Error, "namespace_missing", what, "is not there", fix)]);
+            }
+        },
+        None => all.list(&ListParams::default().labels(&format!("{MESH}=enabled"))).await?.items,
     };
     let mut found = Vec::new();
     for namespace in &namespaces {
-        let name = namespace.name_any();
-        let policies: Api<NetworkPolicy> = Api::namespaced(client.clone(), &name);
-        let policies = policies.list(&ListParams::default()).await?.items;
-        if policies.is_empty() {
-            continue;
+        match of_namespace(client, namespace).await {
+            Ok(shut) => found.extend(shut),
+            // Who may read one namespace is told of that one.
+            Err(error) => found.push(unasked(&format!("NetworkPolicies of {}", namespace.name_any()), &error)),
         }
-        let pods = Api::<Pod>::namespaced(client.clone(), &name).list(&ListParams::default()).await?.items;
-        let mut labels = namespace.labels().clone();
-        if only.is_some() {
-            // As if it were enrolled: that is what is asked.
-            labels.insert(MESH.to_owned(), "enabled".to_owned());
-        }
-        let pods: Vec<Pod> = pods.into_iter().filter(|pod| enrolled(pod, Some(&labels))).collect();
-        found.extend(blocked(&name, &pods, &policies));
     }
     if found.is_empty() {
         let detail = format!("none of {} namespaces keeps port {PORT} shut", namespaces.len());
         found.push(Finding::pass("network_policies", "NetworkPolicies", detail));
     }
     Ok(found)
+}
+
+async fn of_namespace(client: &Client, namespace: &Namespace) -> Result<Vec<Finding>, kube::Error> {
+    let name = namespace.name_any();
+    let policies: Api<NetworkPolicy> = Api::namespaced(client.clone(), &name);
+    let policies = policies.list(&ListParams::default()).await?.items;
+    if policies.is_empty() {
+        return Ok(Vec::new());
+    }
+    let pods = Api::<Pod>::namespaced(client.clone(), &name).list(&ListParams::default()).await?.items;
+    let pods: Vec<Pod> = pods.into_iter().filter(|pod| enrolled(pod, Some(namespace.labels()))).collect();
+    Ok(blocked(&name, &pods, &policies))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -371,6 +391,18 @@ mod tests {
             json!({"podSelector": {"matchExpressions": [{"key": "app", "operator": "NotIn", "values": ["web", "db"]}]}}),
         );
         assert_eq!(names(&[other]), Vec::<String>::new());
+    }
+
+    #[test]
+    fn an_api_server_that_answers_nobody_is_no_sound_one_and_one_that_forbids_a_question_may_answer_others() {
+        let reason = |status| useless(status).map(|finding| (finding.severity, finding.reason));
+        assert_eq!(reason(StatusCode::UNAUTHORIZED), Some((Severity::Error, "not_authenticated".to_owned())));
+        for status in [StatusCode::INTERNAL_SERVER_ERROR, StatusCode::SERVICE_UNAVAILABLE] {
+            assert_eq!(reason(status), Some((Severity::Error, "api_server_unreachable".to_owned())), "{status}");
+        }
+        for status in [StatusCode::OK, StatusCode::FORBIDDEN, StatusCode::NOT_FOUND] {
+            assert_eq!(reason(status), None, "{status}");
+        }
     }
 
     #[test]

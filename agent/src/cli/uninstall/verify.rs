@@ -59,6 +59,8 @@ fn text(left: &[Left]) -> String {
 
 /// Everything that is left.
 fn left(node: &Node) -> anyhow::Result<Vec<Left>> {
+    // First, because it alone may get no answer.
+    let taint = taint(node)?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("can't start the runtime")?;
     let cgroups = survey::cgroup_mount().context("can't find cgroup v2")?;
@@ -79,7 +81,7 @@ fn left(node: &Node) -> anyhow::Result<Vec<Left>> {
     }
     left.extend(files(&node.state_dir)?.into_iter().map(|path| Left::new("state", path.display().to_string())));
     left.extend(cni(node.cni_bin_dir.as_deref(), node.cni_conf_dir.as_deref())?);
-    left.extend(taint(node)?);
+    left.extend(taint);
     Ok(left)
 }
 
