@@ -82,7 +82,7 @@ sample)
     static "$busybox" || fail "$busybox needs a C library (Debian package busybox-static)"
     mkdir -p "$work/root/bin" "$work/root/srv"
     cp "$busybox" "$work/root/bin/busybox"
-    for applet in sh nc wget sleep date hostname; do
+    for applet in sh nc wget timeout sleep date hostname; do
         ln -s busybox "$work/root/bin/$applet"
     done
     cp "$root"/deploy/sample/srv/* "$work/root/srv/"

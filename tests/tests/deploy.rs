@@ -1,8 +1,11 @@
 //! Are the manifests of `deploy/` what Kubernetes takes, what `heddle install` prints, and enough for an agent to run with?
 
 mod api;
+mod capabilities;
+mod cluster;
 mod node;
 mod rights;
+mod sample;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

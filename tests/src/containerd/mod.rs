@@ -7,6 +7,7 @@
 mod cri;
 mod image;
 mod pod;
+mod template;
 
 use std::{
     fs,
@@ -19,6 +20,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
+pub use cri::Executed;
 pub use pod::{ContainerPod, ContainerPodBuilder};
 
 use crate::{
@@ -171,11 +173,17 @@ impl Containerd {
         let archive = self.dir.join("image.tar");
         let scratch = tempfile::tempdir_in(&self.dir)?;
         image::write(scratch.path(), &archive)?;
+        self.import_archive(&archive)?;
+        Ok(fs::remove_file(archive)?)
+    }
+
+    /// Takes the images of an OCI archive.
+    pub fn import_archive(&self, archive: &Path) -> Result<()> {
         let (socket, archive) = (self.dir.join("containerd.sock"), archive.display().to_string());
         let socket = socket.display().to_string();
         let args = ["-a", &socket, "-n", "k8s.io", "images", "import", "--no-unpack", &archive];
         Process::start(&self.place, "import", "ctr", &args)?.wait(Duration::from_secs(60))?.ok().context("ctr")?;
-        Ok(fs::remove_file(archive)?)
+        Ok(())
     }
 
     /// Its own log.

@@ -13,12 +13,14 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{
-    Containerd, at, cri,
+    Containerd, at,
     cri::{
-        ContainerConfig, ContainerMetadata, ImageSpec, LinuxContainerConfig, LinuxContainerSecurityContext,
-        LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
+        ContainerConfig, ContainerMetadata, DnsConfig, Executed, ImageSpec, LinuxContainerConfig,
+        LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption,
+        PodSandboxConfig, PodSandboxMetadata,
     },
     image,
+    template::Template,
 };
 use crate::{Lab, cgroup, reports::Connected};
 
@@ -31,6 +33,7 @@ pub struct ContainerPodBuilder<'a> {
     namespace: String,
     name: String,
     args: Vec<String>,
+    template: Option<Template>,
     mesh: Option<&'static str>,
     tries: Duration,
 }
@@ -43,6 +46,7 @@ pub struct ContainerPod<'a> {
     namespace: String,
     name: String,
     uid: String,
+    template: Option<Template>,
     mesh: Option<&'static str>,
     cgroup: PathBuf,
     config: PodSandboxConfig,
@@ -63,9 +67,16 @@ impl<'a> ContainerPodBuilder<'a> {
             namespace: namespace.to_owned(),
             name: name.to_owned(),
             args: args.iter().map(|arg| (*arg).to_owned()).collect(),
+            template: None,
             mesh: None,
             tries: Duration::from_secs(120),
         }
+    }
+
+    /// Runs what a workload's pod template says instead of `lab-peer`; names are those of `/etc/hosts` alone.
+    pub fn template(mut self, template: &Value, hosts: &[(&str, Ipv4Addr)]) -> Result<Self> {
+        self.template = Some(Template::read(template, hosts)?);
+        Ok(self)
     }
 
     /// Its own mesh label.
@@ -82,7 +93,7 @@ impl<'a> ContainerPodBuilder<'a> {
 
     /// Starts it. A sandbox that does not start is tried again, as kubelet does.
     pub fn start(self) -> Result<ContainerPod<'a>> {
-        let Self { lab, containerd, namespace, name, args, mesh, tries } = self;
+        let Self { lab, containerd, namespace, name, args, template, mesh, tries } = self;
         lab.need_namespace(&namespace)?;
         let uid = fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().to_owned();
         let parent = format!("{}/burstable/pod{uid}", containerd.kubepods);
@@ -94,6 +105,7 @@ impl<'a> ContainerPodBuilder<'a> {
             namespace,
             name,
             uid,
+            template,
             mesh,
             cgroup: folder,
             sandbox: String::new(),
@@ -124,14 +136,24 @@ impl<'a> ContainerPodBuilder<'a> {
         pod.took = began.elapsed();
         let addresses = containerd.cri.addresses(&pod.sandbox)?;
         pod.address = addresses.iter().find_map(|address| address.parse().ok()).context("no IPv4 address")?;
-        let container = ContainerConfig {
+        let own = ContainerConfig {
             metadata: Some(ContainerMetadata { name: "app".to_owned(), attempt: 0 }),
-            image: Some(ImageSpec { image: image::NAME.to_owned() }),
-            command: [vec!["/lab-peer".to_owned()], args].concat(),
             log_path: "app.log".to_owned(),
             linux: Some(LinuxContainerConfig {
-                security_context: Some(LinuxContainerSecurityContext { namespace_options: Some(namespaces()) }),
+                security_context: Some(LinuxContainerSecurityContext {
+                    namespace_options: Some(namespaces()),
+                    ..LinuxContainerSecurityContext::default()
+                }),
             }),
+            ..ContainerConfig::default()
+        };
+        let container = match &pod.template {
+            Some(template) => template.container(own, &pod.folder(), pod.address)?,
+            None => ContainerConfig {
+                image: Some(ImageSpec { image: image::NAME.to_owned() }),
+                command: [vec!["/lab-peer".to_owned()], args].concat(),
+                ..own
+            },
         };
         pod.container = containerd.cri.run_container(&pod.sandbox, &pod.config, container)?;
         pod.apply()?;
@@ -154,6 +176,8 @@ fn config(namespace: &str, name: &str, uid: &str, parent: &str, dir: &std::path:
         }),
         hostname: name.to_owned(),
         log_directory: dir.join("pods").join(uid).display().to_string(),
+        // Nobody answers there, at once.
+        dns_config: Some(DnsConfig { servers: vec!["127.0.0.1".to_owned()] }),
         labels: [("io.kubernetes.pod.uid", uid), ("io.kubernetes.pod.name", name)]
             .map(|(key, value)| (key.to_owned(), value.to_owned()))
             .into(),
@@ -185,24 +209,43 @@ impl ContainerPod<'_> {
     /// Its identity in the lab's trust domain.
     #[must_use]
     pub fn identity(&self) -> String {
-        format!("spiffe://{}/ns/{}/sa/{}", crate::TRUST_DOMAIN, self.namespace, self.name)
+        format!("spiffe://{}/ns/{}/sa/{}", crate::TRUST_DOMAIN, self.namespace, self.account())
+    }
+
+    fn account(&self) -> &str {
+        self.template.as_ref().map_or(&self.name, |template| &template.account)
+    }
+
+    /// Its node's name.
+    #[must_use]
+    pub fn node(&self) -> &str {
+        self.containerd.node()
+    }
+
+    /// Folder of its log, and of what is mounted into its container.
+    fn folder(&self) -> PathBuf {
+        PathBuf::from(&self.config.log_directory)
     }
 
     /// What its container has said so far: the lines of its stdout.
     #[must_use]
     pub fn said(&self) -> Vec<String> {
-        let text = fs::read_to_string(PathBuf::from(&self.config.log_directory).join("app.log")).unwrap_or_default();
+        let text = fs::read_to_string(self.folder().join("app.log")).unwrap_or_default();
         text.lines().filter_map(|line| line.split_once(" stdout F ").map(|(_, said)| said.to_owned())).collect()
     }
 
     /// Runs `lab-peer` in its container, and gives what it reports.
     pub fn run<T: DeserializeOwned>(&self, args: &[String]) -> Result<T> {
         let command = [&["/lab-peer".to_owned()], args].concat();
-        let cri::Executed { stdout, stderr, exit_code } =
-            self.containerd.cri.execute(&self.container, &command, Duration::from_secs(60))?;
+        let Executed { stdout, stderr, exit_code } = self.execute(&command)?;
         ensure!(exit_code == 0, "{command:?}: {exit_code}: {}", String::from_utf8_lossy(&stderr));
         let last = String::from_utf8(stdout)?;
         serde_json::from_str(last.lines().last().unwrap_or_default()).with_context(|| last.clone())
+    }
+
+    /// Runs any command in its container to its end.
+    pub fn execute(&self, command: &[String]) -> Result<Executed> {
+        self.containerd.cri.execute(&self.container, command, Duration::from_secs(60))
     }
 
     /// One connection that says `text` to an echo server.
@@ -224,13 +267,23 @@ impl ContainerPod<'_> {
         cgroup::remove(&self.cgroup)
     }
 
+    fn container_object(&self) -> Value {
+        match &self.template {
+            Some(template) => template.object.clone(),
+            None => json!({ "name": "app", "image": image::NAME }),
+        }
+    }
+
     /// Writes its manifest: without an address until it has one.
     fn apply(&self) -> Result<()> {
         self.lab.manifests().apply(&self.manifest())
     }
 
     fn manifest(&self) -> Value {
-        let mut labels = json!({ "app": self.name });
+        let mut labels = match &self.template {
+            Some(template) => template.labels.clone(),
+            None => json!({ "app": self.name }),
+        };
         if let Some(mesh) = self.mesh {
             labels["heddle.dev/mesh"] = mesh.into();
         }
@@ -246,8 +299,8 @@ impl ContainerPod<'_> {
             "apiVersion": "v1", "kind": "Pod",
             "metadata": { "name": self.name, "namespace": self.namespace, "uid": self.uid, "labels": labels },
             "spec": {
-                "nodeName": self.containerd.node(), "serviceAccountName": self.name,
-                "containers": [{ "name": "app", "image": image::NAME }],
+                "nodeName": self.containerd.node(), "serviceAccountName": self.account(),
+                "containers": [self.container_object()],
             },
             "status": status,
         })

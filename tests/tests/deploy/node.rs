@@ -12,7 +12,7 @@ use super::{deploy, documents};
 type Left = (String, String);
 
 /// Capabilities that the DaemonSet adds, as `setpriv` names them.
-fn capabilities() -> Result<Vec<String>> {
+pub fn capabilities() -> Result<Vec<String>> {
     let all = documents(&fs::read_to_string(deploy().join("agent/daemonset.yaml"))?)?;
     let context = all.iter().find_map(|object| object.pointer("/spec/template/spec/containers/0/securityContext"));
     let context = context.context("no security context")?;
@@ -25,25 +25,25 @@ fn capabilities() -> Result<Vec<String>> {
 }
 
 /// Number of a capability (`include/uapi/linux/capability.h`), as a bit.
-fn bit(name: &str) -> Result<u64> {
+pub fn bit(name: &str) -> Result<u64> {
     let known = [("net_admin", 12), ("sys_ptrace", 19), ("sys_admin", 21), ("sys_resource", 24)];
     let number = known.iter().find(|(known, _)| *known == name).with_context(|| format!("{name} is new here"))?.1;
     Ok(1 << number)
 }
 
 /// A set of capabilities of a process.
-fn mask(pid: &str, set: &str) -> Result<u64> {
+pub fn mask(pid: &str, set: &str) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix(set)?.strip_prefix(":\t"));
     Ok(u64::from_str_radix(line.with_context(|| format!("no {set}"))?, 16)?)
 }
 
-/// Runs an agent as a container runtime does: few capabilities, `/proc/sys` read-only, mount and cgroup namespaces of its own.
-fn contained(capabilities: &[String]) -> String {
-    let bounded: String = capabilities.iter().map(|name| format!(",+{name}")).collect();
+/// Runs an agent as a container runtime does: few capabilities (`,+one,+another`), little locked memory, `/proc/sys` read-only,
+/// mount and cgroup namespaces of its own.
+pub fn contained(capabilities: &str) -> String {
     format!(
-        "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && \
-         exec setpriv --bounding-set=-all{bounded} --inh-caps=-all --ambient-caps=-all -- \"$@\""
+        "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && ulimit -l 64 && \
+         exec setpriv --bounding-set=-all{capabilities} --inh-caps=-all --ambient-caps=-all -- \"$@\""
     )
 }
 
@@ -52,7 +52,8 @@ fn an_agent_needs_no_more_than_its_manifest_gives_it() -> Result {
     needs_root!();
     needs_program!("setpriv");
     needs_program!("unshare");
-    let script = contained(&capabilities()?);
+    let given: String = capabilities()?.iter().map(|name| format!(",+{name}")).collect();
+    let script = contained(&given);
     let under = ["unshare", "--mount", "--propagation", "slave", "--cgroup", "--", "sh", "-c", &script, "agent"];
     let lab = Lab::builder().agents_under(&under).start()?;
     let agent = lab.agent(1)?;
