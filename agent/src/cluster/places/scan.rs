@@ -36,7 +36,7 @@ pub struct Found {
 /// Processes of pods, those of runtimes left out, and the inode of the node's own network namespace: that of process 1.
 pub fn processes(proc: &Path) -> io::Result<(Vec<Process>, Option<u64>)> {
     let mut found = Vec::new();
-    let mut left = limits::PLACES_PROCESSES;
+    let (mut left, mut hidden) = (limits::PLACES_PROCESSES, 0_u32);
     for entry in fs::read_dir(proc)? {
         let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
         if left == 0 {
@@ -47,12 +47,23 @@ pub fn processes(proc: &Path) -> io::Result<(Vec<Process>, Option<u64>)> {
             break;
         }
         left -= 1;
-        found.extend(process(proc, pid));
+        match process(proc, pid) {
+            Some((process, Some(netns))) => found.push(Process { netns, ..process }),
+            Some((_, None)) => hidden += 1,
+            None => {}
+        }
     }
-    Ok((found, netns(&proc.join("1"))))
+    if hidden > 0 {
+        tracing::warn!(
+            processes = hidden,
+            "The namespaces of pods' processes may not be looked at, so these pods are not found: give the agent CAP_SYS_PTRACE"
+        );
+    }
+    Ok((found, netns(&proc.join("1")).flatten()))
 }
 
-fn process(proc: &Path, pid: u32) -> Option<Process> {
+/// A pod's process, and its network namespace where that may be looked at.
+fn process(proc: &Path, pid: u32) -> Option<(Process, Option<u64>)> {
     let folder = proc.join(pid.to_string());
     let text = fs::read_to_string(folder.join("cgroup")).ok()?;
     let pod = pod_of(cgroups::unified(&text)?)?;
@@ -63,7 +74,8 @@ fn process(proc: &Path, pid: u32) -> Option<Process> {
     let netns = netns(&folder)?;
     // The same process as before, in the same cgroup.
     let same = fs::read_to_string(folder.join("cgroup")).ok()? == text && self::started(&folder)? == started;
-    same.then(|| Process { pid, started, uid: pod.uid.into_owned(), folder: pod.folder.to_owned(), netns })
+    let process = Process { pid, started, uid: pod.uid.into_owned(), folder: pod.folder.to_owned(), netns: 0 };
+    same.then_some((process, netns))
 }
 
 /// Field 22 of `/proc/<pid>/stat`; the name before it may hold anything.
@@ -73,10 +85,12 @@ fn started(process: &Path) -> Option<u64> {
     String::from_utf8_lossy(&stat[after_name..]).split_whitespace().nth(19)?.parse().ok()
 }
 
-/// The inode that the link `ns/net` names: `net:[4026531840]`.
-fn netns(process: &Path) -> Option<u64> {
-    let link = fs::read_link(process.join("ns/net")).ok()?;
-    link.to_str()?.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok()
+/// The inode that the link `ns/net` names (`net:[4026531840]`); `Some(None)` where it may not be read.
+fn netns(process: &Path) -> Option<Option<u64>> {
+    match fs::read_link(process.join("ns/net")) {
+        Ok(link) => Some(Some(link.to_str()?.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok()?)),
+        Err(error) => (error.kind() == io::ErrorKind::PermissionDenied).then_some(None),
+    }
 }
 
 /// Where each pod is: with its oldest process, which is the one that holds the pod's namespaces; a container can leave its
