@@ -6,9 +6,9 @@ use heddle_lab::{Lab, Result, hostile::now, needs_root};
 use serde_json::json;
 
 const CONNECTIONS: u64 = 1_000;
-/// From the moment the rule's file is replaced (p99). Agents and client of a build without optimisation need more than
-/// twice the processor time for a thousand ends on two cores.
-const LIMIT: Duration = Duration::from_millis(if cfg!(debug_assertions) { 300 } else { 100 });
+/// From the moment the rule's file is replaced (p99): the promise is of the build that is shipped, where 73 to 76 ms were seen on
+/// the same machine on which agents and client without optimisation, sharing two cores, took 290 to 340.
+const LIMIT: Duration = Duration::from_millis(if cfg!(debug_assertions) { 600 } else { 100 });
 
 #[test]
 fn o6_a_thousand_connections_end_with_the_rule_that_allowed_them() -> Result {
