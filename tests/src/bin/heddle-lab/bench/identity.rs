@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use heddle_lab::{Lab, hostile::now};
+use heddle_lab::{Lab, Pod, hostile::now};
 use serde_json::json;
 
 use super::{
@@ -59,16 +59,31 @@ fn wait(lab: &Lab, number: usize) -> Result<f64> {
     client.begin_enrolment()?;
     let arrived = trying.finish()?;
     client.wait_captured()?;
-    client.delete()?;
-    server.delete()?;
     let waited = Duration::from_micros(arrived.at_us.saturating_sub(enrolled));
     if waited > SLOW {
-        let (longest, took) = arrived.longest;
+        let (longest, took) = (arrived.longest.0, Duration::from_micros(arrived.longest.1));
         println!(
-            "    pod {number} waited {waited:.0?}: {} tries, of which number {longest} took {:.0?}",
-            arrived.tries,
-            Duration::from_micros(took)
+            "    pod {number} waited {waited:.0?}: {} tries, of which number {longest} took {took:.0?}",
+            arrived.tries
         );
+        tell(lab, &client)?;
     }
+    client.delete()?;
+    server.delete()?;
     Ok(waited.as_secs_f64() * 1_000.0)
+}
+
+/// Prints what both agents told of a pod.
+fn tell(lab: &Lab, pod: &Pod) -> Result<()> {
+    for node in [1, 2] {
+        let agent = lab.agent(node)?;
+        let name = pod.full_name();
+        let of_pod = |line: &&str| line.contains(&name);
+        agent.daemon.log().lines().filter(of_pod).for_each(|line| println!("      agent {node}: {line}"));
+        let lines = agent.access_log();
+        let of_pod =
+            lines.iter().filter(|line| format!("{}/{}", line.get("src.namespace"), line.get("src.workload")) == name);
+        of_pod.for_each(|line| println!("      agent {node}, access log: {line:?}"));
+    }
+    Ok(())
 }
