@@ -31,6 +31,8 @@ pub(crate) enum OfferError {
     Budget(#[from] Refusal),
     #[error("no tunnel to the peer became free in time")]
     PoolExhausted,
+    #[error("the destination is not the pod any more that it was")]
+    DestinationReplaced,
     #[error("the peer did not answer CONNECT in time")]
     AnswerTimeout,
     #[error("the tunnel ended before CONNECT was answered: {0}")]
@@ -61,6 +63,7 @@ impl OfferError {
             Self::Http2(_) => "h2_handshake",
             Self::Budget(refusal) => refusal.reason(),
             Self::PoolExhausted => "pool_exhausted",
+            Self::DestinationReplaced => "destination_replaced",
             Self::AnswerTimeout => "connect_answer_timeout",
             Self::Lost(_) => "tunnel_lost",
             Self::Denied => "denied_by_peer",
@@ -95,6 +98,7 @@ impl OfferError {
                 | Self::Tls { .. }
                 | Self::Http2(_)
                 | Self::PoolExhausted
+                | Self::DestinationReplaced
                 | Self::AnswerTimeout
                 | Self::Lost(_)
                 | Self::Unavailable

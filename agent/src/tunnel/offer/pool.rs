@@ -392,6 +392,10 @@ impl<C: Connector> Pool<C> {
         loop {
             let (mut changed, _waiting) = {
                 let mut state = peer.lock();
+                if state.retired {
+                    // Whatever it connects to is thrown away: it would connect again and again.
+                    return Err(OfferError::DestinationReplaced);
+                }
                 state.prune();
                 let open = match state.choose() {
                     Choice::Take { tunnel, spread } => {

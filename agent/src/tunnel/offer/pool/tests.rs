@@ -226,3 +226,18 @@ async fn a_forgotten_peer_keeps_its_streams_and_gets_no_new_ones() {
     }
     panic!("the forgotten connection carries nothing");
 }
+
+#[tokio::test]
+async fn who_waits_for_a_peer_that_is_forgotten_is_told_at_once_and_connects_no_more() {
+    let pool = Pool::new(InProcess { takes: Duration::from_millis(50), ..InProcess::new(&[]) });
+    let (gone, connect) = (key("gone"), connect());
+    let forgotten = async {
+        while pool.connector.made.load(Ordering::SeqCst) == 0 {
+            tokio::task::yield_now().await;
+        }
+        pool.retain(|_| false);
+    };
+    let (opened, ()) = tokio::join!(timeout(Duration::from_secs(5), pool.open(&gone, &connect)), forgotten);
+    assert!(matches!(opened, Ok(Err(OfferError::DestinationReplaced))), "{opened:?}");
+    assert_eq!(pool.connector.made.load(Ordering::SeqCst), 1);
+}
