@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use heddle_lab::{Lab, Pod, Result, needs_root, reports::Connected, until};
+use serde_json::json;
 
 const MUTUAL: [(&str, &str); 2] = [("reporter", "source"), ("connection_security_policy", "mutual_tls")];
 
@@ -54,6 +55,36 @@ fn enrolling_a_server_under_traffic_fails_no_new_connection() -> Result {
     assert_eq!(hello(&client, &server)?.error, None);
     let plain = [("reporter", "destination"), ("connection_security_policy", "none")];
     assert!(lab.agent(2)?.opened(&plain)? >= 1.0, "the server was captured");
+    Ok(())
+}
+
+#[test]
+fn no_connection_that_begins_while_its_pod_is_enrolled_is_left_waiting() -> Result {
+    needs_root!();
+    // More with HEDDLE_LAB_ENROLMENTS: what is looked for is rare.
+    let pods: u32 = std::env::var("HEDDLE_LAB_ENROLMENTS").ok().map_or(Ok(6), |pods| pods.parse())?;
+    let lab = Lab::two_nodes()?;
+    lab.require("shop", "default", &json!({"mtls": {"mode": "STRICT"}}))?;
+    let server = lab.pod("shop", "server").on(2).serves(&["echo:7000"]).start()?;
+    let (mut refused, mut carried) = (0, 0);
+    for number in 0..pods {
+        let client = lab.pod("shop", &format!("client-{number}")).outside_the_mesh().start()?;
+        let storm = client.storm(server.at(7000), 16, 1).with("--patience", 10_000).start()?;
+        std::thread::sleep(Duration::from_millis(300));
+        client.begin_enrolment()?;
+        let seen = storm.finish()?.churned;
+        client.wait_captured()?;
+        let waited: u64 = seen.errors.iter().filter(|(kind, _)| *kind == "timeout").map(|(_, count)| count).sum();
+        if waited > 0 {
+            let agent = |node| lab.agent(node).map(|agent| agent.daemon.log());
+            println!("{}\n\n{}", agent(1)?, agent(2)?);
+        }
+        assert_eq!(waited, 0, "pod {number}: {seen:?}");
+        (refused, carried) = (refused + seen.failed, carried + seen.ok);
+        client.delete()?;
+    }
+    println!("{pods} pods: {refused} connections refused before, {carried} carried after");
+    assert!(refused > 0 && carried > 0, "{refused} refused, {carried} carried");
     Ok(())
 }
 

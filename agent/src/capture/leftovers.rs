@@ -8,7 +8,6 @@ use std::{
 };
 
 use aya::{maps::loaded_maps, programs::loaded_programs};
-use futures::TryStreamExt;
 use heddle_common::{MARK, ROUTE_TABLE, RULE_PREFERENCE, maps, programs};
 use rtnetlink::{
     IpVersion, RouteMessageBuilder,
@@ -21,8 +20,8 @@ use rtnetlink::{
 use super::{
     caller,
     netns::{Home, Netns},
-    probe,
-    route::{Link, to_io},
+    own_routes, probe,
+    route::{Link, listed},
 };
 use crate::causes;
 
@@ -151,7 +150,7 @@ async fn in_pods() -> io::Result<Vec<Left>> {
         let Ok(netns) = Netns::open(&path, &home) else { continue };
         let link = Link::open(&netns)?;
         for (version, family) in [(IpVersion::V4, "IPv4"), (IpVersion::V6, "IPv6")] {
-            let rules: Vec<RuleMessage> = listed(link.handle.rule().get(version).execute().try_collect().await)?;
+            let rules: Vec<RuleMessage> = listed(link.handle.rule().get(version).execute()).await?;
             if rules.iter().any(ours) {
                 let what = format!("{} {family} to table {ROUTE_TABLE:#x}", path.display());
                 left.push(Left::new("rule", what));
@@ -163,25 +162,14 @@ async fn in_pods() -> io::Result<Vec<Left>> {
         ];
         for message in asked {
             let family = message.header.address_family;
-            let routes: Vec<RouteMessage> = listed(link.handle.route().get(message).execute().try_collect().await)?;
-            let count = routes.iter().filter(|route| in_table(route)).count();
+            let routes: Vec<RouteMessage> = listed(link.handle.route().get(message).execute()).await?;
+            let count = routes.iter().filter(|route| is_ours(route)).count();
             if count > 0 {
-                left.push(Left::new(
-                    "route",
-                    format!("{} {count} {family:?} in table {ROUTE_TABLE:#x}", path.display()),
-                ));
+                left.push(Left::new("route", format!("{} {count} {family:?} of heddle's", path.display())));
             }
         }
     }
     Ok(left)
-}
-
-fn listed<T>(result: Result<Vec<T>, rtnetlink::Error>) -> io::Result<Vec<T>> {
-    match result.map_err(to_io) {
-        // A family that the kernel does not have.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)) => Ok(Vec::new()),
-        other => other,
-    }
 }
 
 fn ours(rule: &RuleMessage) -> bool {
@@ -190,8 +178,8 @@ fn ours(rule: &RuleMessage) -> bool {
         && (has(RuleAttribute::Table(ROUTE_TABLE)) || has(RuleAttribute::FwMark(MARK)))
 }
 
-fn in_table(route: &RouteMessage) -> bool {
-    route.attributes.contains(&RouteAttribute::Table(ROUTE_TABLE))
+fn is_ours(route: &RouteMessage) -> bool {
+    route.attributes.contains(&RouteAttribute::Table(ROUTE_TABLE)) || own_routes::is_copy(route)
 }
 
 /// One path for each network namespace: a process' or a name's.

@@ -23,6 +23,7 @@ mod maps;
 mod messages;
 mod netns;
 mod older;
+mod own_routes;
 mod path;
 mod pin;
 mod pod;

@@ -11,6 +11,7 @@ use std::{
     num::NonZeroI32,
 };
 
+use futures::{Stream, TryStreamExt};
 use heddle_common::{MARK, MARK_MASK, ROUTE_TABLE, RULE_PREFERENCE};
 use rtnetlink::{
     Handle, RouteMessageBuilder,
@@ -21,7 +22,7 @@ use rtnetlink::{
 };
 use tokio::task::JoinHandle;
 
-use super::netns::Netns;
+use super::{netns::Netns, own_routes};
 
 /// Index of `lo` in every netns (`LOOPBACK_IFINDEX`).
 pub const LOOPBACK: u32 = 1;
@@ -49,7 +50,9 @@ pub async fn put(netns: &Netns, addresses: &[IpAddr]) -> io::Result<()> {
         }
     }
     let local = v4.map(|source| v4_local().pref_source(source).build());
-    link.put(link.v4_rule(), v4_unreachable(), local, v4_local().build()).await?;
+    own_routes::lend(&link, RULE_PREFERENCE).await?;
+    let put = link.put(link.v4_rule(), v4_unreachable(), local, v4_local().build()).await;
+    own_routes::take_back(&link).await.and(put)?;
     let local = v6.map(|source| v6_local().pref_source(source).build());
     link.put(link.v6_rule(), v6_unreachable(), local, v6_local().build()).await
 }
@@ -57,6 +60,7 @@ pub async fn put(netns: &Netns, addresses: &[IpAddr]) -> io::Result<()> {
 /// Removes them.
 pub async fn clear(netns: &Netns) -> io::Result<()> {
     let link = Link::open(netns)?;
+    own_routes::take_back(&link).await?;
     link.clear(link.v4_rule(), [v4_local().build(), v4_unreachable()]).await?;
     link.clear(link.v6_rule(), [v6_local().build(), v6_unreachable()]).await
 }
@@ -169,9 +173,18 @@ impl Drop for Link {
     }
 }
 
-fn ignore(fine: &[i32], result: Result<(), rtnetlink::Error>) -> io::Result<()> {
+/// Lets these errors pass.
+pub fn ignore(fine: &[i32], result: Result<(), rtnetlink::Error>) -> io::Result<()> {
     match result.map_err(to_io) {
         Err(error) if error.raw_os_error().is_some_and(|code| code == 0 || fine.contains(&code)) => Ok(()),
+        other => other,
+    }
+}
+
+/// What netlink lists; nothing of a family that the kernel does not have.
+pub async fn listed<T>(asked: impl Stream<Item = Result<T, rtnetlink::Error>>) -> io::Result<Vec<T>> {
+    match asked.try_collect().await.map_err(to_io) {
+        Err(error) if error.raw_os_error().is_some_and(|code| NO_FAMILY.contains(&code)) => Ok(Vec::new()),
         other => other,
     }
 }
