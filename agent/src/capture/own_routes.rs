@@ -21,6 +21,9 @@ use crate::life::limits;
 /// Who made the copies (`rtm_protocol`): nobody else uses this number.
 const COPY: RouteProtocol = RouteProtocol::Other(0x68);
 
+/// What netlink says of a copy that is there already, and of a device that has gone, or down, since it was listed.
+const GONE_OR_THERE: [i32; 3] = [libc::EEXIST, libc::ENODEV, libc::ENETDOWN];
+
 /// Whether a route is such a copy.
 pub fn is_copy(route: &RouteMessage) -> bool {
     route.header.protocol == COPY && in_table(route, libc::RT_TABLE_MAIN)
@@ -37,7 +40,7 @@ pub async fn lend(link: &Link, preference: u32) -> io::Result<()> {
         .into_iter()
         .filter(|route| route.header.kind == RouteType::Local && in_table(route, libc::RT_TABLE_LOCAL));
     for route in own.take(limits::OWN_ROUTES) {
-        ignore(&[libc::EEXIST], link.handle.route().add(copy(route)).execute().await)?;
+        ignore(&GONE_OR_THERE, link.handle.route().add(copy(route)).execute().await)?;
     }
     Ok(())
 }

@@ -50,8 +50,11 @@ pub async fn put(netns: &Netns, addresses: &[IpAddr]) -> io::Result<()> {
         }
     }
     let local = v4.map(|source| v4_local().pref_source(source).build());
-    own_routes::lend(&link, RULE_PREFERENCE).await?;
-    let put = link.put(link.v4_rule(), v4_unreachable(), local, v4_local().build()).await;
+    let put = async {
+        own_routes::lend(&link, RULE_PREFERENCE).await?;
+        link.put(link.v4_rule(), v4_unreachable(), local, v4_local().build()).await
+    };
+    let put = put.await;
     own_routes::take_back(&link).await.and(put)?;
     let local = v6.map(|source| v6_local().pref_source(source).build());
     link.put(link.v6_rule(), v6_unreachable(), local, v6_local().build()).await
