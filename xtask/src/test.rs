@@ -24,7 +24,7 @@ pub struct Options {
     /// The binaries and lab tests as they are shipped, with the figures of each: promises of time are held to them
     #[arg(long, requires = "lab")]
     pub release: bool,
-    /// Only the claims of capture, mutual TLS, policy and uninstall, on Debian's kernels in qemu, and a table of what came of it
+    /// Only the claims that rest on the kernel, such as capture and mutual TLS, on Debian's kernels in qemu, and a table of what came of it
     #[arg(long, conflicts_with = "lab")]
     pub kernels: bool,
     /// Only the kernels of these Debian suites

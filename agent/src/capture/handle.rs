@@ -307,13 +307,19 @@ impl Handle {
 fn open(config: CaptureConfig) -> Result<(Node, OwnedFd, u32), CaptureError> {
     let home =
         Home::here().map_err(|source| CaptureError::Bpffs { path: "/proc/thread-self/ns/net".into(), source })?;
-    if let Err(error) = kernel::allow_memory() {
-        // From Linux 5.11 on nobody asks; before, the kernel refuses the maps, and that is told.
-        tracing::debug!(%error, "Limit of locked memory not raised");
-    }
+    // From Linux 5.11 on nobody asks for it. Before, the kernel refuses maps, and says nothing better than that.
+    let memory = kernel::allow_memory();
     let pins = Pins::open(&config.bpffs)?;
-    let (object, program, id) =
-        Object::open(&pins.maps()).map_err(|detail| CaptureError::Programs { pod: Arc::from("none yet"), detail })?;
+    let (object, program, id) = Object::open(&pins.maps()).map_err(|detail| CaptureError::Programs {
+        pod: Arc::from("none yet"),
+        detail: match memory {
+            Ok(()) => detail,
+            Err(error) => format!(
+                "{detail}; the limit of locked memory can't be raised ({error}), and before Linux 5.11 maps are a part of that: give \
+                 the container CAP_SYS_RESOURCE"
+            ),
+        },
+    })?;
     let maps = Maps::open(&pins.maps())?;
     // Entries of an agent that died between vouching and connecting.
     let stale = maps.sweep_attested(|by| by.by == attested_by::AGENT)?;

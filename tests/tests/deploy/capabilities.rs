@@ -32,7 +32,7 @@ fn needs() -> BTreeMap<&'static str, Need> {
             "sys_ptrace",
             (Fails::Capture, "place_unknown", "where the node keeps the pod's netns and cgroup is not known"),
         ),
-        ("sys_resource", (Fails::Start, "programs", "Operation not permitted")),
+        ("sys_resource", (Fails::Start, "programs", "give the container CAP_SYS_RESOURCE")),
     ])
 }
 
