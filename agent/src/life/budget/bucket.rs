@@ -6,6 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Nanoseconds.
+const SECOND: u64 = 1_000_000_000;
+
 /// How often something may happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rate {
@@ -71,8 +74,7 @@ impl Bucket {
         if self.tokens > 0 {
             return Duration::ZERO;
         }
-        let token = Duration::from_secs(1) / self.rate.per_second.max(1);
-        self.credited.map_or(Duration::ZERO, |credited| (credited + token).saturating_duration_since(now))
+        self.credited.map_or(Duration::ZERO, |credited| (credited + self.time_of(1)).saturating_duration_since(now))
     }
 
     /// Whether it is as full as it can be: then nothing is lost by forgetting it.
@@ -93,7 +95,7 @@ impl Bucket {
     fn refill(&mut self, now: Instant) {
         let Some(credited) = self.credited else { return };
         let elapsed = now.saturating_duration_since(credited);
-        let earned = elapsed.as_micros() * u128::from(self.rate.per_second) / 1_000_000;
+        let earned = elapsed.as_nanos() * u128::from(self.rate.per_second) / u128::from(SECOND);
         if earned >= u128::from(self.rate.burst - self.tokens) {
             self.tokens = self.rate.burst;
             self.credited = None;
@@ -101,9 +103,13 @@ impl Bucket {
             // Less than the burst, so both fit; only whole tokens' time is used up.
             let earned = u32::try_from(earned).unwrap_or(u32::MAX);
             self.tokens += earned;
-            let used = u64::from(earned) * 1_000_000 / u64::from(self.rate.per_second.max(1));
-            self.credited = Some(credited + Duration::from_micros(used));
+            self.credited = Some(credited + self.time_of(earned));
         }
+    }
+
+    /// In which so many tokens are earned. Rounded up: what is rounded down each time adds up to tokens that nobody earned.
+    fn time_of(&self, tokens: u32) -> Duration {
+        Duration::from_nanos((u64::from(tokens) * SECOND).div_ceil(self.rate.per_second.max(1).into()))
     }
 }
 
@@ -167,6 +173,19 @@ mod tests {
         let later = start + Duration::from_secs(60);
         assert!(bucket.full(later));
         assert_eq!((0..100).filter(|_| bucket.take(later)).count(), 20);
+    }
+
+    #[test]
+    fn no_token_comes_before_its_time_however_often_the_bucket_is_asked() {
+        let start = Instant::now();
+        let mut bucket = Bucket::new(Rate { per_second: 3, burst: 2 });
+        assert!(bucket.take(start) && bucket.take(start));
+        for token in 1..1_000_u64 {
+            let due = (token * SECOND).div_ceil(3);
+            assert!(!bucket.take(start + Duration::from_nanos(due - 1)), "{token}");
+            // Rounding costs less than a nanosecond a token.
+            assert!(bucket.take(start + Duration::from_nanos(due + token)), "{token}");
+        }
     }
 
     #[test]
