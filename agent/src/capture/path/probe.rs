@@ -4,7 +4,10 @@
 //! is let past the pod's listener, to a socket that listens for as long as that takes; nothing else can be taken for it. If
 //! something on the way changes an address, the connection is another, and comes to the listener as everyone's.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    pin::pin,
+};
 
 use heddle_common::{Attestation, HBONE_PORT};
 use tokio::{
@@ -44,14 +47,28 @@ pub async fn probe(
     })?;
 
     let way = format!("{from} to {to}");
-    let stream = match timeout(limits::PROBE, TcpSocket::from_std_stream(socket.into()).connect(to)).await {
+    // Taken from the beginning: connections of the pod itself would fill the socket's queue, and this one never come in.
+    let mut arriving = pin!(arrival(&listener, from));
+    let mut arrived = None;
+    let connecting = async {
+        let mut connecting = pin!(TcpSocket::from_std_stream(socket.into()).connect(to));
+        loop {
+            tokio::select! {
+                connected = &mut connecting => return connected,
+                came = &mut arriving, if arrived.is_none() => arrived = Some(came),
+            }
+        }
+    };
+    let stream = match timeout(limits::PROBE, connecting).await {
         Err(_) => return Err(LaneFault::Probe(format!("{way}: no answer in {:?}", limits::PROBE))),
         Ok(connected) => connected.map_err(unknown(&way))?,
     };
-    let arrived = timeout(limits::PROOF_ARRIVAL, arrival(&listener, from)).await;
-    let arrived = arrived.map_err(|_| {
-        LaneFault::Rewritten(format!("{way} was answered, but did not arrive at the pod with these addresses"))
-    })?;
+    let arrived = match arrived {
+        Some(came) => came,
+        None => timeout(limits::PROOF_ARRIVAL, arriving).await.map_err(|_| {
+            LaneFault::Rewritten(format!("{way} was answered, but did not arrive at the pod with these addresses"))
+        })?,
+    };
     let token = random().map_err(unknown("probe's token"))?;
     match timeout(limits::PROBE, said(stream, arrived.map_err(unknown(&way))?, token)).await {
         Err(_) => Err(LaneFault::Probe(format!("{way}: nothing said in {:?}", limits::PROBE))),

@@ -265,17 +265,19 @@ fn a_pods_own_processes_can_not_pass_for_the_way_to_it() {
         let to = SocketAddr::new(V4[1], 15_008);
         // It connects to itself at that port all the time.
         let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let (own, stopped) = (node.netns(1), std::sync::Arc::clone(&stop));
-        let noise = std::thread::spawn(move || {
-            while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
-                let _refused = connect_in(&own, None, to);
-            }
+        let noise = [(); 4].map(|()| {
+            let (own, stopped) = (node.netns(1), std::sync::Arc::clone(&stop));
+            std::thread::spawn(move || {
+                while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+                    let _refused = connect_in(&own, None, to);
+                }
+            })
         });
         for _ in 0..20 {
             assert_eq!(served.prove().await, Ok(()));
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
-        beside(move || noise.join().unwrap()).await;
+        beside(move || noise.into_iter().for_each(|one| one.join().unwrap())).await;
         // It has the port itself: what it accepts is no proof.
         let taken: TcpListener = {
             let socket =
