@@ -308,7 +308,8 @@ fn open(config: CaptureConfig) -> Result<(Node, OwnedFd, u32), CaptureError> {
     let home =
         Home::here().map_err(|source| CaptureError::Bpffs { path: "/proc/thread-self/ns/net".into(), source })?;
     // From Linux 5.11 on nobody asks for it. Before, the kernel refuses maps, and says nothing better than that.
-    let memory = kernel::allow_memory();
+    let memory =
+        kernel::allow_memory().inspect_err(|error| tracing::debug!(%error, "Limit of locked memory not raised"));
     let pins = Pins::open(&config.bpffs)?;
     let (object, program, id) = Object::open(&pins.maps()).map_err(|detail| CaptureError::Programs {
         pod: Arc::from("none yet"),

@@ -55,7 +55,8 @@ pub async fn put(netns: &Netns, addresses: &[IpAddr]) -> io::Result<()> {
         link.put(link.v4_rule(), v4_unreachable(), local, v4_local().build()).await
     };
     let put = put.await;
-    own_routes::take_back(&link).await.and(put)?;
+    let taken_back = own_routes::take_back(&link).await;
+    put.and(taken_back)?;
     let local = v6.map(|source| v6_local().pref_source(source).build());
     link.put(link.v6_rule(), v6_unreachable(), local, v6_local().build()).await
 }

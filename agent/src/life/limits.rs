@@ -198,6 +198,9 @@ pub const SOCK_DIAG_DUMP: usize = 64 << 10;
 /// record is the target of a link, of at most 4,095 bytes.
 pub const OLDER: usize = 4_096;
 pub const OLDER_RECORDED: usize = 64;
+/// Routes to a pod's own addresses that its table `main` has for a moment while it is enrolled (routes): a pod has two;
+/// what is beyond may lose a packet then.
+pub const OWN_ROUTES: usize = 256;
 
 // cluster
 
@@ -497,8 +500,6 @@ pub const LANE_RECORDS_LOOK: Duration = Duration::from_millis(100);
 /// The same while there is more than [`LANE_RECORDS`] to tell (duration): the lines of few connections find the same memory
 /// again, and it stays in the CPU's cache.
 pub const LANE_RECORDS_BUSY: Duration = Duration::from_millis(20);
-/// Routes to a pod's own addresses that its table `main` has for a moment while it is enrolled (routes): a pod has two.
-pub const OWN_ROUTES: usize = 256;
 /// Records that are told of at a time (records): a scrape and the command line wait for as many.
 pub const LANE_RECORDS: usize = 256;
 /// Between two looks at the kernel-lane connections that go on (duration).
