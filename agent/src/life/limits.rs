@@ -144,10 +144,12 @@ pub const FETCH_BACKOFF_MAX: Duration = Duration::from_secs(30);
 pub const MANIFEST_BYTES: u64 = 4 << 20;
 pub const MANIFEST_FILES: usize = 10_000;
 
-/// Access-log lines queued for writing (lines); past it lines are dropped and counted.
-pub const LOG_LINES: usize = 10_000;
-/// Bytes of lines that one write to the log takes at most (bytes): some twenty lines, where lines come that fast.
-pub const LOG_WRITE: usize = 16 << 10;
+/// Access-log lines that wait to be written (bytes), some ten thousand of them; past it lines are dropped and counted.
+pub const LOG_QUEUE: usize = 8 << 20;
+/// What is kept of the memory that a burst of lines took (bytes): the lines of [`LANE_RECORDS`] connections fit.
+pub const LOG_KEPT: usize = 512 << 10;
+/// How long the agent's end waits for the last lines to be written (duration).
+pub const LOG_FLUSH: Duration = Duration::from_secs(1);
 /// Access-log lines of refused and failed connections that carried nothing, for each pod and reason (lines per second);
 /// beyond it they are counted: such connections cost their makers nothing.
 pub const LOG_REFUSALS: u32 = 10;
@@ -500,8 +502,9 @@ pub const LANE_RECORDS_LOOK: Duration = Duration::from_millis(100);
 /// The same while there is more than [`LANE_RECORDS`] to tell (duration): the lines of few connections find the same memory
 /// again, and it stays in the CPU's cache.
 pub const LANE_RECORDS_BUSY: Duration = Duration::from_millis(20);
-/// Records that are told of at a time (records): a scrape and the command line wait for as many.
-pub const LANE_RECORDS: usize = 256;
+/// Records that are told of at a time (records): a scrape and the command line wait for as many, and their lines (80 KiB) stay in
+/// the CPU's cache until they are written.
+pub const LANE_RECORDS: usize = 64;
 /// Between two looks at the kernel-lane connections that go on (duration).
 pub const LANE_LOOK: Duration = Duration::from_secs(1);
 /// Looks in a row at which a connection is missing from the kernel's table, without a record of its end, until it is

@@ -29,7 +29,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-pub use access_log::{AccessLog, Destination, Format, Record, response_flags};
+pub use access_log::{AccessLog, Destination, Format, LogGuard, Record, response_flags};
 pub use certificates::IdentityReport;
 pub use kubelet::KubeletReport;
 pub use lane::{Around, Lane, LaneConnection, LaneTable};

@@ -60,14 +60,17 @@ impl Health {
     }
 
     pub(super) fn add(&self, batch: &Batch) {
-        let [source, destination] = &self.rtt;
+        // Summed up apart and added once.
+        let [source, destination] = self.rtt.each_ref().map(Histogram::local);
         for (of_source, of_destination) in &batch.rtts {
-            for (rtt, microseconds) in [(source, of_source), (destination, of_destination)] {
+            for (rtt, microseconds) in [(&source, of_source), (&destination, of_destination)] {
                 if *microseconds > 0 {
                     rtt.observe(f64::from(*microseconds) / 1e6);
                 }
             }
         }
+        source.flush();
+        destination.flush();
         let [source, destination] = &self.retransmissions;
         source.inc_by(batch.retransmissions.0);
         destination.inc_by(batch.retransmissions.1);

@@ -7,6 +7,7 @@
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 
+use foldhash::fast::RandomState;
 use heddle_common::{Attestation, Ended, Tuple, attested_by};
 
 use super::{
@@ -24,13 +25,16 @@ use crate::{
 /// Cookie of the source's socket and when it connected: a socket may connect again after it was refused.
 type Name = (u64, u64);
 
+/// Of numbers that the kernel gives out, looked up some times for each connection.
+type Table<K, V> = HashMap<K, V, RandomState>;
+
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
     pub names: Names,
-    pairs: HashMap<Key, Arc<Pair>>,
+    pairs: Table<Key, Arc<Pair>>,
     /// What the pairs were made by.
     around: Option<Arc<Around>>,
-    live: HashMap<Name, Known>,
+    live: Table<Name, Known>,
     looks: u64,
 }
 
@@ -53,7 +57,7 @@ pub(super) struct Known {
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     /// By address of the pair.
-    tallies: HashMap<usize, (Arc<Pair>, Tally)>,
+    tallies: Table<usize, (Arc<Pair>, Tally)>,
     /// Connections that opened, each once.
     pub opened: Vec<(Arc<Pair>, SocketAddr)>,
     pub ended: Vec<Told>,
@@ -79,6 +83,12 @@ pub(super) struct Told {
 }
 
 impl Batch {
+    /// With room for what the records of so many ends tell.
+    pub fn for_ends(count: usize) -> Self {
+        let (opened, ended, rtts) = (Vec::with_capacity(count), Vec::with_capacity(count), Vec::with_capacity(count));
+        Self { opened, ended, rtts, ..Self::default() }
+    }
+
     pub fn tallies(&self) -> impl Iterator<Item = &(Arc<Pair>, Tally)> {
         self.tallies.values()
     }

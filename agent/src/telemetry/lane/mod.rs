@@ -38,7 +38,7 @@ use self::{
 };
 use super::{
     Telemetry,
-    access_log::{Particulars, Printed, Record},
+    access_log::{Block, Particulars, Printed, Record},
     traffic::Tally,
 };
 use crate::{
@@ -64,14 +64,15 @@ pub(super) struct State {
     around: ArcSwapOption<Around>,
     /// Connections that policy closes, by cookie of the source's socket.
     revoked: Mutex<HashMap<u64, (Denial, Instant)>>,
+    space: Mutex<Space>,
     /// When this agent began: nanoseconds of CLOCK_MONOTONIC.
     began: u64,
 }
 
 impl Default for State {
     fn default() -> Self {
-        let (ledger, around, revoked) = Default::default();
-        Self { ledger, around, revoked, began: monotonic() }
+        let (ledger, around, revoked, space) = Default::default();
+        Self { ledger, around, revoked, space, began: monotonic() }
     }
 }
 
@@ -122,12 +123,14 @@ impl Lane<'_> {
     /// Tells of connections that have ended, without waiting for anything but a scrape; which waits for it in turn, so that
     /// [`limits::LANE_RECORDS`] are enough for a call.
     pub fn ended(&self, records: &[Ended]) {
-        let mut batch = Batch::default();
+        let mut batch = Batch::for_ends(records.len());
         let mut ledger = self.ledger();
+        let mut revoked = self.revoked_all();
         for record in records {
-            let denial = self.revoked_of(record.attestation.id);
-            ledger.ended(record, denial, &self.0.metrics.traffic, &mut batch);
+            let denial = if revoked.is_empty() { None } else { revoked.remove(&record.attestation.id) };
+            ledger.ended(record, denial.map(|(denial, _)| denial), &self.0.metrics.traffic, &mut batch);
         }
+        drop(revoked);
         self.tell(&batch);
     }
 
@@ -210,10 +213,6 @@ impl Lane<'_> {
         self.0.lane.revoked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn revoked_of(&self, id: u64) -> Option<Denial> {
-        self.revoked_all().remove(&id).map(|(denial, _)| denial)
-    }
-
     fn tell(&self, batch: &Batch) {
         let (metrics, now) = (&self.0.metrics, Instant::now());
         for (pair, tally) in batch.tallies() {
@@ -226,7 +225,8 @@ impl Lane<'_> {
             self.asked(pair);
             pair.flows.iter().for_each(|flow| super::told_opened(flow, *source));
         }
-        let (clock, mut space) = (Clock::now(), Space::default());
+        let clock = Clock::now();
+        let mut space = self.0.lane.space.lock().unwrap_or_else(PoisonError::into_inner);
         for told in &batch.ended {
             if told.established {
                 if let ending::Ending::Denied(denial) = &told.ending {
@@ -237,6 +237,7 @@ impl Lane<'_> {
             }
             self.log(told, &clock, &mut space);
         }
+        self.0.log.queue(&mut space.lines);
     }
 
     /// It asked to come in.
@@ -247,13 +248,14 @@ impl Lane<'_> {
         }
     }
 
-    fn log(&self, told: &Told, clock: &Clock, Space { printed, line }: &mut Space) {
+    /// Appends both of its lines.
+    fn log(&self, told: &Told, clock: &Clock, Space { printed, lines }: &mut Space) {
         let Telemetry { log, cluster, metrics, .. } = self.0;
         let lasted = Duration::from_nanos(told.closed.saturating_sub(told.opened));
         let (time, bytes) = (clock.wall(told.closed), told.bytes);
         let plain = told.ending.plain().filter(|_| told.established);
         if plain.is_some() {
-            printed.print(&Particulars { time, source: told.source, bytes, lasted });
+            printed.print(&Particulars { time, port: told.source.port(), bytes, lasted });
         }
         for (reporter, flow) in told.pair.flows.iter().enumerate() {
             let outline = plain.and_then(|ending| {
@@ -264,14 +266,13 @@ impl Lane<'_> {
                 told.pair.outline(reporter, ending, make)
             });
             if let Some(outline) = outline {
-                line.clear();
-                outline.fill(printed, line);
-                log.queue(line);
+                outline.fill(printed, &mut lines.text);
+                lines.lines += 1;
                 continue;
             }
             let (flow, end) = (Flow { source: told.source, ..flow.clone() }, told.ending.end());
             let carried = told.established.then_some((bytes, lasted));
-            if !log.write(&Record { time, cluster, flow: &flow, end: &end, carried }) {
+            if !log.append(&Record { time, cluster, flow: &flow, end: &end, carried }, 1, lines) {
                 metrics.suppressed.inc();
             }
         }
@@ -309,11 +310,11 @@ fn monotonic() -> u64 {
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Memory in which lines are made, one after the other.
-#[derive(Default)]
+/// Memory in which lines are made: thousands a second find what the last ones left.
+#[derive(Debug, Default)]
 struct Space {
     printed: Printed,
-    line: Vec<u8>,
+    lines: Block,
 }
 
 /// Both clocks at one moment.

@@ -17,7 +17,7 @@ use crate::{
     life::limits,
     policy::{Denial, Rulebook},
     telemetry::{
-        AccessLog, Format, Telemetry,
+        AccessLog, Format, LogGuard, Telemetry,
         tests::{CLOSED, FAILED, OPENED, RECEIVED, SENT, sources, sum, workload},
     },
     tunnel::Direction,
@@ -54,7 +54,7 @@ impl Written {
 struct Bench {
     telemetry: Telemetry,
     written: Written,
-    log: tracing_appender::non_blocking::WorkerGuard,
+    log: LogGuard,
 }
 
 impl Bench {
@@ -64,7 +64,7 @@ impl Bench {
 
     fn with(rules: Rulebook) -> Self {
         let written = Written::default();
-        let (log, guard) = AccessLog::to(written.clone(), Format::Json, 100_000);
+        let (log, guard) = AccessLog::to(written.clone(), Format::Json, 100 << 20).unwrap();
         let telemetry = Telemetry::new("Kubernetes".into(), log).unwrap();
         let bench = Self { telemetry, written, log: guard };
         bench.learn(around(rules));

@@ -1,121 +1,27 @@
-//! One line per connection, at its end: who talked to whom, how it was protected, how much, and why it ended.
+//! What one line tells, and how it looks.
 //!
-//! Lines go through a bounded queue to a thread of their own. A reader that can't keep up costs lines, which are
-//! counted, never traffic; connections that carried nothing are told of so many times a second, for each pod. Whatever a peer
-//! or an error text holds, a line stays one line.
-//!
-//! A line is made in two steps: its [`Outline`], which connections between the same two ends share, and what is left
-//! open in it.
+//! Whatever a peer or an error text holds, a line stays one line.
 
 use std::{
     borrow::Cow,
-    fs::OpenOptions,
-    io::{self, BufWriter, Write},
+    io::{self, Write},
     net::SocketAddr,
-    path::PathBuf,
-    sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use heddle_common::HBONE_PORT;
 use serde::Serialize;
-use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 
 use super::{
-    metrics::{direction_name, security_name},
-    suppress::Suppress,
+    Format,
+    outline::{Open, Outline, Particulars, Printed},
 };
 use crate::{
     life::limits,
     policy::Denial,
+    telemetry::metrics::{direction_name, security_name},
     tunnel::{Direction, End, Flow},
 };
-
-/// How lines look.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
-pub enum Format {
-    /// `time TAB level TAB target TAB message TAB key=value …`.
-    #[default]
-    Text,
-    /// One JSON object.
-    Json,
-}
-
-/// Where lines go.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Destination {
-    Stdout,
-    /// Appended to, so that a log rotation that truncates works.
-    File(PathBuf),
-}
-
-/// The access log.
-#[derive(Debug, Clone)]
-pub struct AccessLog {
-    format: Format,
-    writer: NonBlocking,
-    dropped: ErrorCounter,
-    suppress: Arc<Suppress>,
-}
-
-impl AccessLog {
-    /// Opens the destination. Dropping the guard writes what is queued.
-    ///
-    /// # Errors
-    /// When the file can't be opened for appending.
-    pub fn open(destination: &Destination, format: Format) -> io::Result<(Self, WorkerGuard)> {
-        match destination {
-            Destination::Stdout => Ok(Self::to(io::stdout(), format, limits::LOG_LINES)),
-            Destination::File(path) => {
-                Ok(Self::to(OpenOptions::new().append(true).create(true).open(path)?, format, limits::LOG_LINES))
-            }
-        }
-    }
-
-    /// A log that writes to `writer` on a thread of its own and queues at most `lines`.
-    pub(super) fn to(writer: impl Write + Send + 'static, format: Format, lines: usize) -> (Self, WorkerGuard) {
-        let (writer, guard) = NonBlockingBuilder::default()
-            .lossy(true)
-            .buffered_lines_limit(lines)
-            .thread_name("access-log")
-            // The thread flushes whenever it has taken all there is; lines that come fast share a system call, whole.
-            .finish(BufWriter::with_capacity(limits::LOG_WRITE, writer));
-        (Self { format, dropped: writer.error_counter(), writer, suppress: Arc::default() }, guard)
-    }
-
-    /// Queues a connection's line, or drops it and counts that. False where the pod had enough of its kind in this second.
-    pub fn write(&self, record: &Record<'_>) -> bool {
-        self.write_for(record, 1)
-    }
-
-    /// The same for `count` connections that are told of in one line.
-    pub fn write_for(&self, record: &Record<'_>, count: u64) -> bool {
-        let before = match record.carried {
-            Some(_) => Some(count.saturating_sub(1)),
-            None => self.suppress.admit(record.flow, record.end, count, Instant::now()),
-        };
-        let Some(before) = before else { return false };
-        self.queue(&record.line_after(before, self.format));
-        true
-    }
-
-    /// The outline of a line like this one.
-    pub(super) fn outline(&self, record: &Record<'_>) -> Outline {
-        record.outline(0, self.format)
-    }
-
-    /// Queues a line, or drops it and counts that.
-    pub(super) fn queue(&self, line: &[u8]) {
-        // Lossy: it never blocks, and a line that does not fit is in `dropped`.
-        let _always_ok = self.writer.clone().write_all(line);
-    }
-
-    /// Lines dropped so far.
-    #[must_use]
-    pub fn dropped(&self) -> u64 {
-        self.dropped.dropped_lines() as u64
-    }
-}
 
 /// What one line tells.
 #[derive(Debug)]
@@ -135,113 +41,22 @@ enum Value<'a> {
     /// Made of characters that need no quotes in the text format: addresses.
     Word(String),
     Number(u64),
-    /// Differs between connections of the same two ends.
+    /// The client's address up to its port, which differs between connections of the same two ends.
+    Client(String),
+    /// Differs as well.
     Open(Open),
 }
 
-/// What an [`Outline`] leaves open.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Open {
-    Time,
-    Source,
-    ToApp,
-    ToClient,
-    Lasted,
-}
-
-/// What tells a connection's line from that of another one between the same two ends.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Particulars {
-    pub time: SystemTime,
-    pub source: SocketAddr,
-    /// From client to app and from app to client.
-    pub bytes: (u64, u64),
-    pub lasted: Duration,
-}
-
-/// [`Particulars`] as text, made once for both of a connection's lines; its memory serves the next connection.
-#[derive(Debug, Default)]
-pub(super) struct Printed {
-    text: Vec<u8>,
-    /// Where each of [`Open`] ends, in their order.
-    ends: [usize; 5],
-}
-
-impl Printed {
-    pub fn print(&mut self, particulars: &Particulars) {
-        let Particulars { time, source, bytes: (to_app, to_client), lasted } = particulars;
-        self.text.clear();
-        for (open, end) in
-            [Open::Time, Open::Source, Open::ToApp, Open::ToClient, Open::Lasted].iter().zip(&mut self.ends)
-        {
-            let text = &mut self.text;
-            // Into a Vec: it can't fail.
-            let _always_ok = match open {
-                Open::Time => write!(text, "{}", humantime::format_rfc3339_micros(*time)),
-                Open::Source => write!(text, "{source}"),
-                Open::ToApp => write!(text, "{to_app}"),
-                Open::ToClient => write!(text, "{to_client}"),
-                Open::Lasted => write!(text, "{}ms", lasted.as_millis()),
-            };
-            *end = text.len();
-        }
-    }
-
-    fn get(&self, open: Open) -> &[u8] {
-        let at = open as usize;
-        let start = at.checked_sub(1).map_or(0, |before| self.ends[before]);
-        self.text.get(start..self.ends[at]).unwrap_or_default()
-    }
-}
-
-/// A line but for its [`Particulars`].
-#[derive(Debug)]
-pub(super) struct Outline {
-    text: Vec<u8>,
-    /// Where something is left open, in order.
-    open: Vec<(usize, Open)>,
-}
-
-impl Outline {
-    /// Appends the line with its line feed.
-    pub fn fill(&self, printed: &Printed, line: &mut Vec<u8>) {
-        let mut from = 0;
-        for (at, open) in &self.open {
-            line.extend_from_slice(self.text.get(from..*at).unwrap_or_default());
-            line.extend_from_slice(printed.get(*open));
-            from = *at;
-        }
-        line.extend_from_slice(self.text.get(from..).unwrap_or_default());
-    }
-
-    fn leave(&mut self, open: Open) {
-        self.open.push((self.text.len(), open));
-    }
-
-    fn quoted(&mut self, open: Open) {
-        self.text.push(b'"');
-        self.leave(open);
-        self.text.push(b'"');
-    }
-}
-
 impl Record<'_> {
-    /// The line with its line feed.
-    #[must_use]
-    pub fn line(&self, format: Format) -> Vec<u8> {
-        self.line_after(0, format)
-    }
-
-    /// The line, which also tells of `suppressed` ones of its kind.
-    fn line_after(&self, suppressed: u64, format: Format) -> Vec<u8> {
+    /// Appends the line with its line feed; it also tells of `suppressed` ones of its kind.
+    pub(in crate::telemetry) fn append(&self, suppressed: u64, format: Format, lines: &mut Vec<u8>) {
         let (bytes, lasted) = self.carried.unwrap_or_default();
-        let (mut printed, mut line) = (Printed::default(), Vec::with_capacity(768));
-        printed.print(&Particulars { time: self.time, source: self.flow.source, bytes, lasted });
-        self.outline(suppressed, format).fill(&printed, &mut line);
-        line
+        let mut printed = Printed::default();
+        printed.print(&Particulars { time: self.time, port: self.flow.source.port(), bytes, lasted });
+        self.outline(suppressed, format).fill(&printed, lines);
     }
 
-    fn outline(&self, suppressed: u64, format: Format) -> Outline {
+    pub(super) fn outline(&self, suppressed: u64, format: Format) -> Outline {
         let (level, message) = match (self.end, &self.carried) {
             (End::Complete, _) => ("info", "connection complete"),
             (End::Failed { .. }, _) => ("warn", "connection failed"),
@@ -251,7 +66,7 @@ impl Record<'_> {
         if suppressed > 0 {
             fields.push(("suppressed", Value::Number(suppressed)));
         }
-        let mut line = Outline { text: Vec::with_capacity(768), open: Vec::with_capacity(5) };
+        let mut line = Outline::default();
         match format {
             Format::Text => {
                 line.leave(Open::Time);
@@ -264,7 +79,11 @@ impl Record<'_> {
                         Value::Text(text) => quote(&mut line.text, text),
                         Value::Word(word) => line.text.extend_from_slice(word.as_bytes()),
                         Value::Number(number) => line.text.extend_from_slice(number.to_string().as_bytes()),
-                        Value::Open(open @ (Open::Time | Open::Lasted)) => line.quoted(*open),
+                        Value::Client(host) => {
+                            line.text.extend_from_slice(host.as_bytes());
+                            line.leave(Open::Port);
+                        }
+                        Value::Open(open @ Open::Lasted) => line.quoted(*open),
                         Value::Open(open) => line.leave(*open),
                     }
                 }
@@ -283,8 +102,14 @@ impl Record<'_> {
                         Value::Text(text) => quote(&mut line.text, text),
                         Value::Word(word) => quote(&mut line.text, word),
                         Value::Number(number) => line.text.extend_from_slice(number.to_string().as_bytes()),
-                        Value::Open(open @ (Open::ToApp | Open::ToClient)) => line.leave(*open),
-                        Value::Open(open) => line.quoted(*open),
+                        Value::Client(host) => {
+                            line.text.push(b'"');
+                            line.text.extend_from_slice(host.as_bytes());
+                            line.leave(Open::Port);
+                            line.text.push(b'"');
+                        }
+                        Value::Open(open @ Open::Lasted) => line.quoted(*open),
+                        Value::Open(open) => line.leave(*open),
                     }
                 }
                 line.text.push(b'}');
@@ -311,7 +136,7 @@ impl Record<'_> {
         };
         let (flags, reason, policy, error) = self.outcome();
         let fields = [
-            ("src.addr", Some(Value::Open(Open::Source))),
+            ("src.addr", Some(Value::Client(without_port(flow.source)))),
             ("src.workload", source.and_then(|workload| text(&workload.name))),
             ("src.namespace", source.and_then(|workload| text(&workload.namespace))),
             ("src.cluster", source.and_then(|_| text(self.cluster))),
@@ -354,7 +179,7 @@ impl Record<'_> {
 }
 
 /// What is said of a denial: at the start, or of a connection that was `carried` until then.
-pub(super) fn denied(denial: &Denial, carried: bool) -> String {
+pub(in crate::telemetry) fn denied(denial: &Denial, carried: bool) -> String {
     if carried { format!("connection closed due to policy change: {denial}") } else { denial.to_string() }
 }
 
@@ -362,7 +187,7 @@ pub(super) fn denied(denial: &Denial, carried: bool) -> String {
 #[must_use]
 pub fn response_flags(end: &End) -> &'static str {
     match end {
-        End::Complete => super::traffic::NO_FLAGS,
+        End::Complete => crate::telemetry::traffic::NO_FLAGS,
         End::Failed { response_flags, .. } => response_flags,
         End::Denied(_) => "DENY",
     }
@@ -401,6 +226,13 @@ impl serde_json::ser::Formatter for OneLine {
 /// All of them are in the basic plane, so one `\uXXXX` is enough.
 fn acts(character: char) -> bool {
     matches!(character, '\u{7f}'..='\u{9f}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+}
+
+/// An address up to and with the colon before its port.
+fn without_port(address: SocketAddr) -> String {
+    let mut text = address.to_string();
+    text.truncate(text.rfind(':').map_or(0, |colon| colon + 1));
+    text
 }
 
 /// What was connected to on the wire: port 15008 of the pod for a tunnel, on both sides, so that their lines match.
