@@ -114,6 +114,7 @@ impl Default for Outline {
 impl Outline {
     /// Appends the line with its line feed.
     pub fn fill(&self, printed: &Printed, line: &mut Vec<u8>) {
+        line.reserve(self.text.len() + printed.text.len());
         let mut from = 0;
         for (at, open) in &self.open {
             line.extend_from_slice(self.text.get(from..*at).unwrap_or_default());
